@@ -1,0 +1,183 @@
+"""Which backend serves a call, and what is said when it cannot."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from vision.kernels import BackendUnavailableError, bi_wkv, dispatch, list_backends, use_backend
+from vision.kernels.dispatch import AUTO, ENVIRONMENT_VARIABLE, Backend, Operator
+
+CPU, F32 = torch.device("cpu"), torch.float32
+
+
+def _forward(x: Tensor) -> Tensor:
+    return x
+
+
+def _backward(x: Tensor, y: Tensor, gy: Tensor) -> tuple[Tensor]:
+    return (gy,)
+
+
+class _Probe:
+    """A probe that counts its calls."""
+
+    def __init__(self, reason: str | None) -> None:
+        self.reason, self.calls = reason, 0
+
+    def __call__(self, device: torch.device) -> str | None:
+        self.calls += 1
+        return self.reason
+
+
+@pytest.fixture
+def probe() -> _Probe:
+    return _Probe("no compiler was found; install g++")
+
+
+@pytest.fixture
+def op(monkeypatch: pytest.MonkeyPatch, probe: _Probe) -> Iterator[Operator]:
+    """An operator "twice": "fast" cannot run, "half" computes in bfloat16 only, "slow" serves."""
+    monkeypatch.setattr(dispatch, "_operators", dict(dispatch._operators))
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    backends = [
+        Backend("fast", _forward, _backward, probe),
+        Backend("half", _forward, _backward, dtypes=frozenset([torch.bfloat16])),
+        Backend("slow", _forward, _backward),
+    ]
+    return Operator("twice", backends, {"cpu": ("fast", "half", "slow"), "*": ("fast",)})
+
+
+def test_argument_before_context_before_environment(
+    op: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert op.requested() == AUTO
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "slow")
+    assert op.requested() == "slow"
+    with use_backend("half"):
+        assert op.requested() == "half"
+        assert op.requested("fast") == "fast"
+        assert op.requested(AUTO) == "half"
+        with use_backend("fast"):
+            assert op.requested() == "fast"
+        with use_backend(AUTO):
+            assert op.requested() == "slow"
+        assert op.requested() == "half"
+    assert op.requested() == "slow"
+
+
+def test_context_ends_with_an_error(op: Operator) -> None:
+    with pytest.raises(KeyError), use_backend("half"):
+        raise KeyError
+    assert op.requested() == AUTO
+
+
+def test_context_for_one_operator(op: Operator) -> None:
+    with use_backend("slow", op="twice"), use_backend("reference", op="bi_wkv"):
+        assert op.requested() == "slow"
+        assert dispatch.operators()["bi_wkv"].requested() == "reference"
+
+
+def test_environment_for_one_operator(op: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, " bi_wkv=reference, slow ")
+    assert op.requested() == "slow"
+    assert dispatch.operators()["bi_wkv"].requested() == "reference"
+
+
+def test_order_takes_the_first_available(op: Operator) -> None:
+    assert op.resolve(AUTO, CPU, F32).name == "slow"
+    assert op.resolve(AUTO, CPU, torch.bfloat16).name == "half"
+
+
+def test_unknown_name_lists_the_names(op: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"'quick', which the argument.*fast, half, slow"):
+        op.requested("quick")
+    with pytest.raises(ValueError, match=r"'quick', which use_backend asks for.*slow"):
+        use_backend("quick")
+    with use_backend("reference"), pytest.raises(ValueError, match=r"twice has no .*use_backend"):
+        op.requested()
+    with pytest.raises(ValueError, match=r"no operator 'thrice'; there are bi_wkv"):
+        use_backend("slow", op="thrice")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "quick")
+    with pytest.raises(ValueError, match=f"'quick', which {ENVIRONMENT_VARIABLE}.*half, slow"):
+        op.requested()
+
+
+def test_a_named_backend_serves_or_raises(op: Operator) -> None:
+    with pytest.raises(BackendUnavailableError, match=r"no compiler.*install g\+\+.*\(slow\)"):
+        op.resolve("fast", CPU, F32)
+    with pytest.raises(BackendUnavailableError, match=r"torch\.bfloat16 only; cast"):
+        op.resolve("half", CPU, F32)
+    assert op.resolve("half", CPU, torch.bfloat16).name == "half"
+
+
+def test_no_default_backend_says_why_for_each(op: Operator) -> None:
+    with pytest.raises(BackendUnavailableError, match=r"no default backend.*fast: no compiler"):
+        op.resolve(AUTO, torch.device("meta"), F32)
+
+
+def test_probes_are_lazy_and_remembered(op: Operator, probe: _Probe) -> None:
+    assert probe.calls == 0
+    for _ in range(3):
+        op.resolve(AUTO, CPU, F32)
+    assert probe.calls == 1
+    op.resolve("slow", CPU, F32)
+    assert probe.calls == 1
+
+
+def test_an_order_names_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_operators", {})
+    backends = [Backend("slow", _forward, _backward)]
+    with pytest.raises(ValueError, match=r"unknown names \['quick'\]"):
+        Operator("twice", backends, {"*": ("quick",)})
+    with pytest.raises(ValueError, match="needs the key"):
+        Operator("twice", backends, {"cpu": ("slow",)})
+
+
+def test_bi_wkv_asks_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1, 2, 3)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "nothing")
+    with pytest.raises(ValueError, match="'nothing', which VISION_KERNELS_BACKEND"):
+        bi_wkv(x[0, 0], x[0, 0], x, x)
+
+
+def test_list_says_why_not(op: Operator) -> None:
+    rows = {(r.op, r.backend): r for r in list_backends(["cpu"])}
+    assert rows["twice", "fast"].reason == "no compiler was found; install g++"
+    assert rows["twice", "slow"].reason is None
+    assert not rows["twice", "fast"].default
+    assert rows["bi_wkv", "torch"].default
+
+
+def _python(root: Path, *arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=root, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_table_on_the_command_line(repo_root: Path) -> None:
+    lines = _python(repo_root, "-m", "vision.kernels", "cpu").splitlines()
+    assert lines[0].split() == ["op", "backend", "device", "available"]
+    assert ["bi_wkv", "torch", "cpu", "yes", "(default)"] in [line.split() for line in lines]
+
+
+def test_import_is_quiet_and_light(repo_root: Path) -> None:
+    code = """
+import os, subprocess, sys
+import torch
+read, started = [], []
+real = type(os.environ).__getitem__
+type(os.environ).__getitem__ = lambda self, key: (read.append(key), real(self, key))[1]
+subprocess.Popen = lambda *a, **k: started.append(a)
+import vision.kernels
+from vision.kernels import bi_wkv
+assert bi_wkv.__module__ == "vision.kernels.bi_wkv"
+assert "timm" not in sys.modules and "mmengine" not in sys.modules, "imported timm or mm"
+assert not started, started
+assert not [key for key in read if "VISION" in key], read
+"""
+    assert _python(repo_root, "-c", code) == ""
