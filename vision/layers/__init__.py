@@ -1,0 +1,24 @@
+"""Blocks and token mixers, shared by every RWKV-like model of the zoo."""
+
+# First: its import ends with that of vision.models (see vision/__init__.py), which needs the
+# modules below, so it must not happen halfway through one of them.
+import timm  # noqa: F401
+
+from .block import Block
+from .channel_mix import ChannelMix
+from .mixers import MIXERS, BiWKVMixer, build_mixer
+from .pos_embed import resample_pos_embed
+from .shift_mix import SHIFTS, ShiftMix, q_shift, single_shift
+
+__all__ = [
+    "MIXERS",
+    "SHIFTS",
+    "BiWKVMixer",
+    "Block",
+    "ChannelMix",
+    "ShiftMix",
+    "build_mixer",
+    "q_shift",
+    "resample_pos_embed",
+    "single_shift",
+]

@@ -1,0 +1,61 @@
+"""The one residual block: a token mixer, then a channel mix."""
+
+from typing import Any
+
+from timm.layers import DropPath, LayerScale
+from torch import Tensor, nn
+
+from .channel_mix import ChannelMix
+from .mixers import build_mixer
+
+
+class Block(nn.Module):
+    """Two residual branches, `x + drop_path(scale(branch(x)))`: token mixer and channel mix.
+
+    A branch is `f(norm(x))`, or `norm(f(x))` with `post_norm` (arXiv:2403.02308, stability of the
+    larger models).
+
+    Args:
+        dim: channels C.
+        layer: index of the block in the network, from 0.
+        depth: number of blocks in the network.
+        mixer: token mixer, a name in `MIXERS`.
+        mlp_ratio: hidden width of the channel mix over `dim`.
+        post_norm: normalise after the branch instead of before.
+        init_values: first value of the layer scale; None for no layer scale.
+        drop_path: probability of dropping a branch for a sample, in [0, 1).
+        **mix_options: passed to the mixer and to the channel mix alike (shift, shift_pixels,
+            channel_gamma, init_mode, key_norm).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        layer: int,
+        depth: int,
+        *,
+        mixer: str = "bi_wkv",
+        mlp_ratio: float = 4.0,
+        post_norm: bool = False,
+        init_values: float | None = None,
+        drop_path: float = 0.0,
+        **mix_options: Any,
+    ) -> None:
+        super().__init__()
+        self.post_norm = post_norm
+        self.norm1 = nn.LayerNorm(dim)
+        self.mixer = build_mixer(mixer, dim, layer, depth, **mix_options)
+        self.norm2 = nn.LayerNorm(dim)
+        self.channel_mix = ChannelMix(dim, layer, depth, mlp_ratio=mlp_ratio, **mix_options)
+        scaled = init_values is not None
+        self.ls1 = LayerScale(dim, init_values=init_values) if scaled else nn.Identity()
+        self.ls2 = LayerScale(dim, init_values=init_values) if scaled else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """Tokens (B, H*W, C) on the grid hw = (H, W) to tokens of the same shape."""
+        if self.post_norm:
+            x = x + self.drop_path(self.ls1(self.norm1(self.mixer(x, hw))))
+            return x + self.drop_path(self.ls2(self.norm2(self.channel_mix(x, hw))))
+        x = x + self.drop_path(self.ls1(self.mixer(self.norm1(x), hw)))
+        return x + self.drop_path(self.ls2(self.channel_mix(self.norm2(x), hw)))

@@ -1,0 +1,163 @@
+"""Reading weights from files that others wrote: safe, strict, and clear when it fails."""
+
+import difflib
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read, or its keys do not fit the model."""
+
+
+# Where the weights lie in files of timm, mmengine and facebookresearch/mae.
+_CONTAINERS = ("state_dict", "model")
+_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
+_NEXT = "copy or download it again, or take the checkpoint before it"
+
+
+def read_checkpoint(
+    path: str | Path,
+    map_location: Any = "cpu",
+    mmap: bool = False,
+    safe_globals: Sequence[Any] = (),
+) -> dict[str, Any]:
+    """Read a checkpoint file as data; nothing in it is ever executed.
+
+    Args:
+        path: file ending in .safetensors, or written by `torch.save`.
+        map_location: as for `torch.load`.
+        mmap: map the tensors instead of reading them (a quick look at a large file).
+        safe_globals: what a pickle may name besides tensors, numbers, strings and containers; as
+            for `torch.serialization.safe_globals`.
+
+    Returns:
+        The dictionary in the file.
+
+    Raises:
+        FileNotFoundError: there is no such file; says which checkpoints lie near.
+        CheckpointError: the file is truncated, is no checkpoint, or holds more than data.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"the checkpoint {path} {kind}; {_nearby(path)}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    about = f"{path} ({path.stat().st_size:,} bytes)"
+    with path.open("rb") as file:
+        head = file.read(24)
+    if head[:2] == b"PK" and not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{about} is truncated: its writer or its copy was cut off before the end; {_NEXT}"
+        )
+    try:
+        with torch.serialization.safe_globals(list(safe_globals)):
+            content = torch.load(
+                path, map_location=map_location, weights_only=True, mmap=mmap or None
+            )
+    except (pickle.UnpicklingError, EOFError) as error:
+        if any(word in str(error) for word in ("refused", "GLOBAL", "Unsupported")):
+            raise CheckpointError(
+                f"{about} was not read: it names code, and a checkpoint is data only. Loading it "
+                "as torch did before 2.6 would run that code. If you trust its origin, convert it "
+                f"once to plain tensors where it was written. What was refused: {error}"
+            ) from error
+        raise CheckpointError(
+            f"{about} is not a checkpoint: it begins with {head!r}. A file of this kind is often "
+            f"an error page or a pointer that a download left; {_NEXT} ({error})"
+        ) from error
+    except RuntimeError as error:
+        if "PytorchStreamReader" in str(error) or "storage has wrong byte size" in str(error):
+            raise CheckpointError(f"{about} is damaged: {error}; {_NEXT}") from error
+        raise
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{about} holds a {type(content).__name__}, wanted a dictionary of parameters"
+        )
+    return content
+
+
+def _nearby(path: Path) -> str:
+    """What is to be found near a path that is missing."""
+    folder = next((p for p in path.parents if p.is_dir()), None)
+    if folder is None:
+        return "no folder of this path exists"
+    if folder != path.parent:
+        names = sorted(p.name + "/" for p in folder.iterdir() if p.is_dir())
+    else:
+        names = sorted(p.name for p in folder.iterdir() if p.suffix in _SUFFIXES)
+    close = difflib.get_close_matches(path.name, names, n=5, cutoff=0.3)
+    close += [name for name in names if name not in close]
+    return f"in {folder} there are: {listing(close, 10) or 'no checkpoints'}"
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size:,} bytes) is truncated or not a checkpoint: {error}; "
+            f"{_NEXT}"
+        ) from error
+
+
+def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Find the parameters in a checkpoint dictionary and drop a `module.` prefix (DDP).
+
+    Raises:
+        CheckpointError: the dictionary holds something that is no tensor, or nothing at all.
+    """
+    for key in _CONTAINERS:
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+            break
+    others = [key for key, value in checkpoint.items() if not isinstance(value, Tensor)]
+    if others or not checkpoint:
+        found = f"entries that are no tensors: {listing(others)}" if others else "nothing"
+        raise CheckpointError(
+            f"wanted a dictionary name -> tensor (or one under {' or '.join(_CONTAINERS)}), "
+            f"found {found}"
+        )
+    return {key.removeprefix("module."): value for key, value in checkpoint.items()}
+
+
+def listing(names: Iterable[str], most: int = 12) -> str:
+    """The names in a row for a message, shortened past `most`."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def write_weights(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write plain tensors to a .safetensors or a `torch.save` file, whole or not at all.
+
+    Args:
+        state_dict: name -> tensor.
+        path: new file; the ending chooses the format.
+
+    Raises:
+        ValueError: an ending that is neither .safetensors nor .pth nor .pt.
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ValueError(f"wanted a name ending in .safetensors, .pth or .pt, got {path.name!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    plain = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file(plain, part)
+    else:
+        torch.save(plain, part)
+    os.replace(part, path)

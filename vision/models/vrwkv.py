@@ -1,0 +1,530 @@
+"""Vision-RWKV (VRWKV): a plain backbone with linear-cost, bidirectional token mixing.
+
+Paper: Vision-RWKV: Efficient and Scalable Visual Perception with RWKV-Like Architectures,
+arXiv:2403.02308 (ICLR 2025). Published weights: OpenGVLab/Vision-RWKV, Apache-2.0; their operator
+differs slightly from the paper's formula, which is the one computed here (see the README).
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import PatchEmbed, global_pool_nlc, to_2tuple, trunc_normal_
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from vision.layers.block import Block
+from vision.layers.init import depth_ratio
+from vision.layers.pos_embed import resample_pos_embed
+
+from .checkpoint import CheckpointError, listing, read_checkpoint, unwrap_state_dict
+
+__all__ = ["VisionRWKV", "checkpoint_filter_fn"]
+
+_POOLS = ("", "avg", "max", "avgmax")
+
+
+class VisionRWKV(nn.Module):
+    """Vision-RWKV backbone with a classification head; follows timm's model contract.
+
+    Any input size of at least one pixel is accepted: sizes that are no multiple of the patch are
+    padded with zeros at the bottom and the right, and the position embedding is resampled.
+
+    Args:
+        img_size: image height and width in pixels of the learnt position embedding.
+        patch_size: side of a patch in pixels.
+        in_chans: channels of the input image.
+        num_classes: outputs of the classifier; 0 for none.
+        global_pool: avg, max, avgmax, or "" to keep the tokens.
+        embed_dim: channels C of the tokens.
+        depth: number of blocks.
+        mlp_ratio: hidden width of the channel mix over `embed_dim`.
+        mixer: token mixer, a name in `vision.layers.MIXERS`.
+        shift: token shift, a name in `vision.layers.SHIFTS`.
+        shift_pixels: distance of the shift in patches; 0 for none.
+        channel_gamma: share of the channels that shifts in one direction.
+        init_mode: first values of decay, bonus and mixes: fancy, local or global.
+        post_norm: normalise after each branch instead of before.
+        key_norm: LayerNorm on the operator's output and on the hidden layer of the channel mix.
+        init_values: first value of the layer scale; None for no layer scale.
+        final_norm: LayerNorm after the last block.
+        head_hidden_size: width of a tanh layer before the classifier (large model); None for none.
+        drop_rate: dropout before the classifier.
+        pos_drop_rate: dropout after the position embedding.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Literal["", "avg", "max", "avgmax"] = "avg",
+        embed_dim: int = 192,
+        depth: int = 12,
+        mlp_ratio: float = 4.0,
+        mixer: str = "bi_wkv",
+        shift: str = "q_shift",
+        shift_pixels: int = 1,
+        channel_gamma: float = 0.25,
+        init_mode: str = "fancy",
+        post_norm: bool = False,
+        key_norm: bool = False,
+        init_values: float | None = None,
+        final_norm: bool = True,
+        head_hidden_size: int | None = None,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_pool(global_pool)
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
+        self.num_classes = num_classes
+        self.global_pool: str = global_pool
+        self.num_features = self.embed_dim = embed_dim
+        self.head_hidden_size = head_hidden_size or embed_dim
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(
+            img_size=tuple(math.ceil(s / patch_size) * patch_size for s in to_2tuple(img_size)),
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            strict_img_size=False,
+            dynamic_img_pad=True,
+        )
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.norm_pre = nn.LayerNorm(embed_dim)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                layer,
+                depth,
+                mixer=mixer,
+                mlp_ratio=mlp_ratio,
+                post_norm=post_norm,
+                init_values=init_values,
+                drop_path=drop_path_rate * depth_ratio(layer, depth),
+                shift=shift,
+                shift_pixels=shift_pixels,
+                channel_gamma=channel_gamma,
+                init_mode=init_mode,
+                key_norm=key_norm,
+            )
+            for layer in range(depth)
+        )
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size}
+            for i in range(depth)
+        ]
+        self.norm = nn.LayerNorm(embed_dim) if final_norm else nn.Identity()
+        self.pre_logits: nn.Module = nn.Identity()
+        if head_hidden_size is not None:
+            self.pre_logits = nn.Sequential()
+            self.pre_logits.add_module("fc", nn.Linear(embed_dim, head_hidden_size))
+            self.pre_logits.add_module("act", nn.Tanh())
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = self._make_head()
+        self.apply(_init_linear)
+
+    def _make_head(self) -> nn.Module:
+        if self.num_classes == 0:
+            return nn.Identity()
+        head = nn.Linear(self.head_hidden_size, self.num_classes)
+        _init_linear(head)
+        return head
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters of more than one dimension that should not decay."""
+        return {"pos_embed"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort the parameters by depth (timm's layer decay)."""
+        return {
+            "stem": r"^pos_embed|^patch_embed|^norm_pre",
+            "blocks": r"^blocks\.(\d+)"
+            if coarse
+            else [(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade compute for memory: keep only the inputs of the blocks for the backward pass."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer (an Identity when there are no classes)."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one.
+
+        Args:
+            num_classes: outputs of the new classifier; 0 for none.
+            global_pool: new pooling; None keeps the present one.
+
+        Raises:
+            ValueError: an unknown pooling.
+        """
+        if global_pool is not None:
+            _check_pool(global_pool)
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.head = self._make_head().to(self.pos_embed.device, self.pos_embed.dtype)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make another size the native one: resample the position embedding for good.
+
+        Args:
+            img_size: new height and width in pixels, rounded up to whole patches.
+        """
+        old = self.patch_embed.grid_size
+        patch = self.patch_embed.patch_size
+        whole = tuple(math.ceil(s / p) * p for s, p in zip(to_2tuple(img_size), patch, strict=True))
+        self.patch_embed.set_input_size(whole)
+        new = self.patch_embed.grid_size
+        self.pos_embed = nn.Parameter(
+            resample_pos_embed(self.pos_embed.detach(), old, new), self.pos_embed.requires_grad
+        )
+
+    def _tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Image (B, C, H, W) to tokens before the first block (B, h*w, C) and the grid (h, w)."""
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(
+                "wanted a batch of images (B, in_chans, H, W) with no empty side, "
+                f"got {tuple(x.shape)}"
+            )
+        hw = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        x = self.patch_embed(x)
+        x = x + resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, hw)
+        return self.norm_pre(self.pos_drop(x)), hw
+
+    def _run_block(self, block: nn.Module, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, hw)
+        return block(x, hw)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Run the blocks and collect what some of them put out.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: the last n blocks if a number, all if None, else the blocks named; negative
+                numbers count from the end.
+            norm: apply the final norm to every intermediate.
+            stop_early: do not run the blocks after the last one asked for.
+            output_fmt: "NCHW" for maps (B, C, h, w), "NLC" for tokens (B, h*w, C).
+            intermediates_only: leave the final tokens out of the answer.
+
+        Returns:
+            The intermediates, or (final tokens after the final norm, intermediates).
+
+        Raises:
+            ValueError: an unknown output format.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        x, hw = self._tokens(x)
+        found = []
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            x = self._run_block(block, x, hw)
+            if i in take:
+                found.append(self.norm(x) if norm else x)
+        if output_fmt == "NCHW":
+            found = [y.transpose(1, 2).unflatten(2, hw).contiguous() for y in found]
+        return found if intermediates_only else (self.norm(x), found)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drop what the intermediates `indices` do not need; return the indices kept."""
+        take, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.pre_logits = nn.Identity()
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to tokens after the final norm (B, h*w, C)."""
+        x, hw = self._tokens(x)
+        for block in self.blocks:
+            x = self._run_block(block, x, hw)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, h*w, C) to logits (B, num_classes), or to what the classifier is fed.
+
+        With `global_pool=""` the token axis stays.
+        """
+        x = global_pool_nlc(x, pool_type=self.global_pool, num_prefix_tokens=0)
+        x = self.head_drop(self.pre_logits(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _check_pool(global_pool: str) -> None:
+    if global_pool not in _POOLS:
+        raise ValueError(
+            f"no global_pool {global_pool!r}; there are {', '.join(map(repr, _POOLS))}"
+        )
+
+
+def _init_linear(module: nn.Module) -> None:
+    # What the published models ran (mmcls' init_cfg): every linear layer, no zero initialisation.
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# Upstream's names inside the backbone -> ours, in order; `layers.N` is `blocks.N` in its MAE.
+_KEY_MAP = [
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^layers\.", "blocks."),
+    (r"^blocks\.0\.ln0\.", "norm_pre."),
+    (r"^ln1\.", "norm."),
+    (r"^(blocks\.\d+)\.ln([12])\.", r"\1.norm\2."),
+    (r"^(blocks\.\d+)\.gamma([12])$", r"\1.ls\2.gamma"),
+    (r"^(blocks\.\d+)\.att\.spatial_decay$", r"\1.mixer.decay"),
+    (r"^(blocks\.\d+)\.att\.spatial_first$", r"\1.mixer.bonus"),
+    (r"^(blocks\.\d+)\.att\.spatial_mix_([kvr])$", r"\1.mixer.shift_mix.\2"),
+    (r"^(blocks\.\d+)\.ffn\.spatial_mix_([kr])$", r"\1.channel_mix.shift_mix.\2"),
+    (r"^(blocks\.\d+)\.att\.key_norm\.", r"\1.mixer.norm."),
+    (r"^(blocks\.\d+)\.ffn\.key_norm\.", r"\1.channel_mix.norm."),
+    (r"^(blocks\.\d+)\.att\.", r"\1.mixer."),
+    (r"^(blocks\.\d+)\.ffn\.", r"\1.channel_mix."),
+]
+# Heads outside the backbone: mmcls' linear head, the large model's two layers.
+_HEAD_MAP = [
+    (r"^head\.fc\.", "head."),
+    (r"^head\.0\.", "pre_logits.fc."),
+    (r"^head\.2\.", "head."),
+]
+# Parts of foreign checkpoints that are no part of a plain backbone.
+_NOT_BACKBONE = re.compile(
+    r"^(decode_head|auxiliary_head|neck|rpn_head|roi_head|data_preprocessor)\."  # seg., det.
+    r"|^(level_embed$|spm\.|interactions\.|up\.|norm[1-4]\.)"  # adapter
+    r"|^(mask_token$|decoder_pos_embed$|decoder_(embed|blocks|pred)\.|ln2\.)"  # MAE
+)
+
+
+def _strip_prefix(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split into the backbone's entries, prefix removed, and the rest."""
+    stems = [k for k in state_dict if re.search(r"(^|\.)patch_embed\.proj(ection)?\.weight$", k)]
+    if len(stems) != 1:
+        raise CheckpointError(
+            "wanted the weights of one Vision-RWKV, with one patch_embed.proj(ection).weight; "
+            f"found {len(stems)} among {len(state_dict)} keys: {listing(state_dict)}"
+        )
+    prefix = stems[0][: stems[0].rindex("patch_embed.")]
+    inside = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    outside = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
+    return inside, outside
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
+    """Map published and own checkpoints to the names of `VisionRWKV`; strict.
+
+    Accepts our own files (plain, or from `tools/train.py`) and OpenGVLab's: classification
+    (`backbone.*`, `head.fc.*`), the large model's two-layer head (`head.0`, `head.2`), masked
+    autoencoders (`blocks.*`; the decoder is left out), and the backbone of segmentation and
+    detection checkpoints (heads and adapter parts are left out). The position embedding is
+    resampled to the model's grid. A checkpoint without a head gives no head keys.
+
+    Args:
+        state_dict: checkpoint as read from the file.
+        model: the `VisionRWKV` that will load the result.
+
+    Raises:
+        CheckpointError: keys that have no place in the model, keys the model misses, or a
+            position embedding that is no square grid; the message lists them.
+    """
+    inside, outside = _strip_prefix(unwrap_state_dict(state_dict))
+    mapped: dict[str, Tensor] = {}
+    for part, rules in ((inside, _KEY_MAP + _HEAD_MAP), (outside, _HEAD_MAP)):
+        for key, value in part.items():
+            if _NOT_BACKBONE.match(key):
+                continue
+            for pattern, name in rules:
+                key = re.sub(pattern, name, key)
+            mapped[key] = value.flatten() if ".shift_mix." in key else value
+
+    wanted = model.state_dict()
+    unmapped = sorted(set(mapped) - set(wanted) - {"head.weight", "head.bias"})
+    missing = sorted(k for k in set(wanted) - set(mapped) if not k.startswith("head."))
+    if unmapped or missing:
+        raise CheckpointError(
+            f"the checkpoint does not fit this model.\n"
+            f"  not in the model ({len(unmapped)}): {listing(unmapped) or '-'}\n"
+            f"  not in the checkpoint ({len(missing)}): {listing(missing) or '-'}\n"
+            "Check the model's size and options (post_norm, key_norm, init_values, final_norm, "
+            "head_hidden_size)."
+        )
+    grid = model.patch_embed.grid_size
+    if mapped["pos_embed"].shape[1] != grid[0] * grid[1]:
+        side = math.isqrt(mapped["pos_embed"].shape[1])
+        if side * side != mapped["pos_embed"].shape[1]:
+            raise CheckpointError(
+                f"the position embedding has {mapped['pos_embed'].shape[1]} tokens, no square "
+                f"grid; give the model the checkpoint's own img_size"
+            )
+        mapped["pos_embed"] = resample_pos_embed(mapped["pos_embed"], (side, side), grid)
+    return mapped
+
+
+def _cfg(filename: str = "", **kwargs: Any) -> dict[str, Any]:
+    published = {
+        "hf_hub_id": "OpenGVLab/Vision-RWKV",
+        "hf_hub_filename": filename,
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/OpenGVLab/Vision-RWKV",
+    }
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "paper_ids": "arXiv:2403.02308",
+        **(published if filename else {}),
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vrwkv_nano_patch8_224.untrained": _cfg(),
+        "vrwkv_tiny_patch16_224.in1k": _cfg("vrwkv_t_in1k_224.pth"),
+        "vrwkv_small_patch16_224.in1k": _cfg("vrwkv_s_in1k_224.pth"),
+        "vrwkv_base_patch16_224.in1k": _cfg("vrwkv_b_in1k_224.pth"),
+        "vrwkv_large_patch16_192.in22k_ft_in1k_384": _cfg(
+            "vrwkv_l_22kto1k_384.pth", input_size=(3, 384, 384), crop_pct=1.0
+        ),
+        "vrwkv_large_patch16_192.in22k": _cfg(
+            "vrwkv_l_in22k_192.pth", input_size=(3, 192, 192), crop_pct=1.0, num_classes=21841
+        ),
+    }
+)
+
+
+def _create_vrwkv(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    if pretrained and overlay.get("file"):
+        # Read here: timm's own reader neither names a truncated file nor says what was refused.
+        weights = unwrap_state_dict(read_checkpoint(overlay["file"]))
+        kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": weights}
+    build = partial(
+        build_model_with_cfg,
+        VisionRWKV,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **kwargs,
+    )
+    if not pretrained:
+        return build()
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return build()
+    except (
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        HfHubHTTPError,
+        ConnectionError,
+    ) as error:
+        raise RuntimeError(
+            f"could not fetch the published weights of {variant} from the hub (no network?). On a "
+            "machine that has one, download the file named in model.pretrained_cfg from "
+            "https://huggingface.co/OpenGVLab/Vision-RWKV, then pass its path: "
+            f"timm.create_model({variant!r}, pretrained=True, "
+            "pretrained_cfg_overlay=dict(file='path/to/file.pth'))"
+        ) from error
+
+
+@register_model
+def vrwkv_nano_patch8_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """VRWKV-nano, 64 channels, 4 blocks, patches of 8: for tests and CPU examples. No weights."""
+    args = {"patch_size": 8, "embed_dim": 64, "depth": 4, **kwargs}
+    return _create_vrwkv("vrwkv_nano_patch8_224", pretrained, **args)
+
+
+@register_model
+def vrwkv_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """VRWKV-T, 6.2 M parameters, 1.2 G multiply-adds at 224 px."""
+    args = {"embed_dim": 192, "depth": 12, **kwargs}
+    return _create_vrwkv("vrwkv_tiny_patch16_224", pretrained, **args)
+
+
+@register_model
+def vrwkv_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """VRWKV-S, 23.8 M parameters, 4.6 G multiply-adds at 224 px."""
+    args = {"embed_dim": 384, "depth": 12, "post_norm": True, "init_values": 1.0, **kwargs}
+    return _create_vrwkv("vrwkv_small_patch16_224", pretrained, **args)
+
+
+@register_model
+def vrwkv_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """VRWKV-B, 93.7 M parameters, 18.2 G multiply-adds at 224 px."""
+    args = {"embed_dim": 768, "depth": 12, "post_norm": True, "init_values": 1e-5, **kwargs}
+    return _create_vrwkv("vrwkv_base_patch16_224", pretrained, **args)
+
+
+@register_model
+def vrwkv_large_patch16_192(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """VRWKV-L, 334.9 M parameters, 189.5 G multiply-adds at 384 px; position embedding of 192 px.
+
+    The published classifier was fine-tuned at 384 px with the 192 px position embedding resampled
+    on the fly, which is what the model does for an input of that size.
+    """
+    args = {
+        "img_size": 192,
+        "embed_dim": 1024,
+        "depth": 24,
+        "post_norm": True,
+        "key_norm": True,
+        "init_values": 1e-5,
+        "head_hidden_size": 3072,
+        **kwargs,
+    }
+    return _create_vrwkv("vrwkv_large_patch16_192", pretrained, **args)
