@@ -1,0 +1,117 @@
+"""A trained model from its config and checkpoint, applied to images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from torch import Tensor, nn
+
+from vision.models.checkpoint import CheckpointError, listing, read_checkpoint, unwrap_state_dict
+
+from .classifier import ImageClassifier
+from .compat import cpu_safe_config
+from .datasets import ClassifierInputs
+
+# Transforms that read files; a prediction starts from an image in memory.
+_LOADERS = {"LoadImage", "LoadMask", "LoadImageFromFile", "LoadAnnotations"}
+
+
+class Predictor:
+    """A classifier or segmentor ready for single images.
+
+    Args:
+        config: path of the config file, or the config.
+        checkpoint: file of `tools/train.py`.
+        device: where to run.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or belongs to another model.
+
+    Attributes:
+        classes: names of the classes.
+        palette: a colour for each class, for segmentation; else None.
+    """
+
+    def __init__(
+        self, config: str | Path | Config, checkpoint: str | Path, device: str | torch.device
+    ) -> None:
+        cfg = config if isinstance(config, Config) else Config.fromfile(config)
+        cpu_safe_config(cfg)
+        init_default_scope(cfg.get("default_scope", "mmengine"))
+        self.device = torch.device(device)
+        self.model = MODELS.build(cfg.model)
+        load_strict(self.model, checkpoint)
+        self.model.to(self.device).eval()
+        dataset = dict(cfg.test_dataloader.dataset)
+        self.segments = not isinstance(self.model, ImageClassifier)
+        meta = read_checkpoint(checkpoint).get("meta", {}).get("dataset_meta") or {}
+        classes = meta.get("classes") or getattr(DATASETS.get(dataset["type"]), "METAINFO", {}).get(
+            "classes"
+        )
+        self.classes: list[str] = [str(c) for c in classes or range(self._outputs())]
+        self.palette = meta.get("palette")
+        if self.segments:
+            steps = [t for t in dataset["pipeline"] if t["type"] not in _LOADERS]
+            self._pipeline = Compose(steps)
+        else:
+            self._transform = ClassifierInputs(dataset.get("transform"), train=False)
+
+    def _outputs(self) -> int:
+        model: Any = self.model
+        return int(model.decode_head.num_classes if self.segments else model.num_classes)
+
+    @torch.inference_mode()
+    def __call__(self, image: np.ndarray) -> Tensor:
+        """Predict one image.
+
+        Args:
+            image: RGB uint8 (H, W, 3).
+
+        Returns:
+            Segmentation: class indices (H, W), int64. Classification: probabilities (classes,).
+        """
+        if self.segments:
+            size = image.shape[:2]
+            data = self._pipeline({"img": image, "img_shape": size, "ori_shape": size})
+            return self.model.test_step(pseudo_collate([data]))[0].pred_sem_seg.data[0].cpu()
+        inputs = self._transform({"image": image, "label": None})["inputs"][None]
+        batch = self.model.data_preprocessor({"inputs": inputs})
+        return self.model(**batch, mode="predict")[0]["scores"]
+
+
+def load_strict(model: nn.Module, checkpoint: str | Path) -> None:
+    """Load a trained model's weights; every key must fit.
+
+    Raises:
+        CheckpointError: the message lists the keys and shapes that do not fit.
+    """
+    state = unwrap_state_dict(read_checkpoint(checkpoint))
+    wanted = model.state_dict()
+    shapes = [
+        f"{k} {tuple(v.shape)}, wanted {tuple(wanted[k].shape)}"
+        for k, v in state.items()
+        if k in wanted and v.shape != wanted[k].shape
+    ]
+    unknown, missing = sorted(set(state) - set(wanted)), sorted(set(wanted) - set(state))
+    if shapes or unknown or missing:
+        raise CheckpointError(
+            f"{checkpoint} does not fit the config's model.\n"
+            f"  not in the model ({len(unknown)}): {listing(unknown) or '-'}\n"
+            f"  not in the checkpoint ({len(missing)}): {listing(missing) or '-'}\n"
+            f"  of another shape ({len(shapes)}): {listing(shapes, 4) or '-'}"
+        )
+    model.load_state_dict(state, strict=True)
+
+
+def top_classes(scores: Tensor, classes: Sequence[str], k: int = 5) -> list[dict[str, Any]]:
+    """The k most probable classes: [{"class": name, "score": probability}], best first."""
+    best = scores.topk(min(k, len(scores)))
+    return [
+        {"class": classes[i], "score": round(float(s), 6)}
+        for s, i in zip(best.values, best.indices.tolist(), strict=True)
+    ]

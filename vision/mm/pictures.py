@@ -1,0 +1,149 @@
+"""Pictures of predictions, written during validation and test."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from PIL import Image
+from torch import Tensor
+
+from vision.data import contact_sheet, overlay, palette
+
+_TILE = 320  # longest side of a tile of a sheet, in pixels
+
+
+@HOOKS.register_module()
+class PredictionSheetHook(Hook):
+    """Write one PNG with the first images of an evaluation and what the model said of them.
+
+    Classification: the image, predicted and true class. Segmentation: image, annotation and
+    prediction side by side.
+
+    Args:
+        images: how many images the sheet shows.
+        out_dir: folder; default: the run's work dir.
+        every_image: also write a picture of each image of the evaluation, by its number.
+    """
+
+    priority = "LOW"
+
+    def __init__(
+        self, images: int = 24, out_dir: str | None = None, every_image: bool = False
+    ) -> None:
+        self.images = images
+        self.out_dir = out_dir
+        self.every_image = every_image
+        self._tiles: list[np.ndarray] = []
+        self._captions: list[str] = []
+        self._seen = 0
+
+    def _start(self) -> None:
+        self._tiles, self._captions, self._seen = [], [], 0
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """Begin a new sheet."""
+        self._start()
+
+    def before_test_epoch(self, runner: Any) -> None:
+        """Begin a new sheet."""
+        self._start()
+
+    def after_val_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Draw a batch's images until the sheet is full."""
+        self._draw(runner, runner.val_dataloader, data_batch, outputs)
+
+    def after_test_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Draw a batch's images until the sheet is full."""
+        self._draw(runner, runner.test_dataloader, data_batch, outputs)
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Write predictions_val.png."""
+        self._write(runner, "val")
+
+    def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Write predictions_test.png."""
+        self._write(runner, "test")
+
+    def _folder(self, runner: Any) -> Path:
+        folder = Path(self.out_dir or runner.work_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _draw(self, runner: Any, loader: Any, batch: Any, outputs: Sequence[Any]) -> None:
+        if not is_main_process():
+            return
+        meta = loader.dataset.metainfo
+        for image, output in zip(batch["inputs"], outputs, strict=True):
+            self._seen += 1
+            full = len(self._tiles) >= self.images
+            if full and not self.every_image:
+                return
+            # Test-time augmentation gives each image several times; the first is the plain one.
+            image = image[0] if isinstance(image, list) else image
+            tile, caption = draw_prediction(image, output, meta)
+            if self.every_image:
+                Image.fromarray(tile).save(self._folder(runner) / f"{self._seen - 1:06d}.png")
+            if not full:
+                self._tiles.append(_small(tile))
+                self._captions.append(caption)
+
+    def _write(self, runner: Any, phase: str) -> None:
+        if self._tiles:
+            columns = 6 if self._tiles[0].shape[1] < 160 else 2
+            sheet = contact_sheet(self._tiles, self._captions, columns=columns)
+            sheet.save(self._folder(runner) / f"predictions_{phase}.png")
+
+
+def draw_prediction(image: Tensor, output: Any, meta: dict[str, Any]) -> tuple[np.ndarray, str]:
+    """One image with the prediction beside it or named below.
+
+    Args:
+        image: uint8 RGB (3, H, W).
+        output: a dict of `ImageClassifier`, or mmseg's SegDataSample.
+        meta: the data set's metainfo, with classes and, for segmentation, palette.
+
+    Returns:
+        A picture, uint8 (h, w, 3), and its caption.
+    """
+    picture = np.ascontiguousarray(image.cpu().numpy().transpose(1, 2, 0))
+    if isinstance(output, dict):
+        found = int(output["scores"].argmax())
+        caption = str(meta["classes"][found])
+        if found != output["label"]:
+            caption += f" (is {meta['classes'][output['label']]})"
+        return _large(picture), caption
+    colours = np.asarray(meta.get("palette") or palette(len(meta["classes"])), dtype=np.uint8)
+    found_mask = output.pred_sem_seg.data[0].cpu().numpy()
+    size = (found_mask.shape[1], found_mask.shape[0])
+    picture = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR))
+    panels = [picture, overlay(picture, found_mask, colours, 0.7)]
+    if "gt_sem_seg" in output:
+        truth = output.gt_sem_seg.data.cpu().numpy().squeeze()
+        panels.insert(1, overlay(picture, truth, colours, 0.7))
+    name = Path(str(output.metainfo.get("img_path", ""))).name
+    return np.concatenate(panels, axis=1), f"{name}: image, annotation, prediction"
+
+
+def _small(tile: np.ndarray) -> np.ndarray:
+    """Shrink a tile of several panels to a sheet's size."""
+    height, width = tile.shape[:2]
+    scale = min(1.0, _TILE / height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(tile).resize(size, Image.Resampling.BILINEAR))
+
+
+def _large(tile: np.ndarray) -> np.ndarray:
+    """Enlarge a tiny image, so that its caption fits below."""
+    factor = max(1, 96 // tile.shape[1])
+    return np.asarray(
+        torch.from_numpy(tile).repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+    )
