@@ -1,0 +1,62 @@
+"""Evaluate a trained model.
+
+python tools/test.py CONFIG CHECKPOINT [--out results.json] [--show-dir pictures] [--tta]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a bare checkout
+
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+from mmengine.runner import Runner
+
+import vision.mm  # noqa: F401 -- registers the zoo with mmengine
+from vision.mm.launch import add_common_arguments, check_data, load_config
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_arguments(parser)
+    parser.add_argument("checkpoint", help="checkpoint of tools/train.py")
+    parser.add_argument("--out", type=Path, help="write the metrics to this JSON file")
+    parser.add_argument("--show-dir", type=Path, help="write prediction pictures to this folder")
+    parser.add_argument("--tta", action="store_true", help="test-time augmentation")
+    return parser.parse_args()
+
+
+def use_tta(cfg: Config) -> None:
+    """Put the config's test-time augmentation in place of the plain test."""
+    if "tta_model" not in cfg:
+        raise SystemExit("error: --tta needs a tta_model in the config; see configs/_base_/models")
+    cfg.model = {**cfg.tta_model, "module": cfg.model}
+    if "tta_pipeline" in cfg:
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+
+
+def main() -> None:
+    """Build the runner and test."""
+    args = parse_args()
+    cfg = load_config(args)
+    cfg.load_from = args.checkpoint
+    if args.tta:
+        use_tta(cfg)
+    if args.show_dir:
+        hook = {"type": "PredictionSheetHook", "out_dir": str(args.show_dir), "every_image": True}
+        others = [h for h in cfg.get("custom_hooks", []) if h["type"] != "PredictionSheetHook"]
+        cfg.custom_hooks = [*others, hook]
+    check_data(cfg, "test")
+    metrics = Runner.from_cfg(cfg).test()
+    if args.out and is_main_process():
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(metrics, indent=2, default=float) + "\n")
+
+
+if __name__ == "__main__":
+    main()
