@@ -24,8 +24,6 @@ def bi_wkv_cumsum(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(dtype, u.dtype), torch.float32)
     w, u, k, values = w.to(dtype), u.to(dtype), k.to(dtype), v.to(dtype)
     position = torch.arange(k.shape[1], device=k.device).to(dtype)
-    # Centred, so that position * w rounds least; a tensor, since ONNX takes no symbolic number.
-    position = position - position[-1:] / 2
     slope = position[:, None] * w  # (T, C)
     mean_before, log_before = _exclusive_mean(k + slope, values)
     mean_after, log_after = _exclusive_mean((k - slope).flip(1), values.flip(1))

@@ -284,13 +284,15 @@ def test_nan_in_nan_out_of_one_token(name: str) -> None:
     assert bi_wkv(**inputs)[0, :, 2].isnan().all()
 
 
-@pytest.mark.parametrize("decay", [0.1, 90.0])
-def test_a_key_of_minus_infinity_masks_its_token(decay: float) -> None:
+@pytest.mark.parametrize(
+    ("decay", "backend"), [(0.1, "torch"), (90.0, "torch"), (0.1, "reference"), (0.1, "export")]
+)
+def test_a_key_of_minus_infinity_masks_its_token(decay: float, backend: str) -> None:
     inputs, grad = make(12, decay)
     kept = {n: x[:, 2:-1] if n in "kv" else x for n, x in inputs.items()}
     inputs["k"][:, :2] = inputs["k"][:, -1:] = -torch.inf
     grad[:, :2] = grad[:, -1:] = 0
-    actual = value_and_grads(torch_backend, inputs, grad)
+    actual = value_and_grads(lambda *x: bi_wkv(*x, backend=backend), inputs, grad)
     expected = value_and_grads(torch_backend, kept, grad[:, 2:-1])
     for name in ("y", "gk", "gv"):
         torch.testing.assert_close(actual[name][:, 2:-1], expected[name], rtol=1e-9, atol=1e-9)

@@ -46,6 +46,15 @@ def test_opcheck(backend: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(_backward_op, (*inputs[:2], k, v, v, v, backend))
 
 
+@pytest.mark.parametrize("backend", list(OPERATOR.backends))
+def test_opcheck_of_one_token_and_swapped_strides(backend: str) -> None:
+    inputs = make(2, 1)
+    k, v = (x.squeeze(1).t().contiguous().t().unsqueeze(1) for x in inputs[2:])
+    assert not v.is_contiguous()
+    torch.library.opcheck(_forward_op, (*inputs[:2], k, v, backend))
+    torch.library.opcheck(_backward_op, (*inputs[:2], k, v, v, v, backend))
+
+
 @pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
 def test_compile_with_full_graph(engine: str) -> None:
     function = lambda *x: bi_wkv(*x) * 2  # noqa: E731 -- compiled as any function
