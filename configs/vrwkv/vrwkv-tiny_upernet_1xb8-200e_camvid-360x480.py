@@ -18,7 +18,6 @@ model = dict(
 )
 optim_wrapper = dict(
     optimizer=dict(lr=1.2e-4, weight_decay=0.01),
-    constructor="LayerDecayOptimWrapperConstructor",
     paramwise_cfg=dict(decay_rate=0.95),
 )
 param_scheduler = [

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,14 +42,21 @@ def run_toy(
         if ranks > 1:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
             args = (*args, "--launcher", "pytorch")
-        return subprocess.run(
-            [*start, str(TOY), *map(str, args)],
+        command = [*start, str(TOY), *map(str, args)]
+        process = subprocess.Popen(
+            command,
             env=one_thread_environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            timeout=150,
         )
+        try:
+            out, err = process.communicate(timeout=150)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks, then itself
+            raise
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     return run
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections import Counter, OrderedDict, deque
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def test_truncated_damaged_and_foreign_files_say_so(tmp_path):
     torch.save({"state_dict": {"w": torch.arange(5000.0)}}, path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=rf"a.pth \({len(whole) // 2} bytes\) is truncated"):
+    with pytest.raises(CheckpointError, match=rf"a.pth \({len(whole) // 2:,} bytes\) is truncated"):
         read_run_checkpoint(path)
     path.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"\(0 bytes\) is not a checkpoint"):
@@ -308,12 +309,10 @@ def test_resume_without_any_checkpoint_starts_and_with_a_lost_one_stops(toy, tmp
 
 
 def test_explicit_path_is_taken_even_if_a_newer_one_is_there(finished, toy, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    path = str(tmp_path / "copy" / "epoch_2.pth")
     runner = toy.make_runner(
-        tmp_path,
-        3,
-        resume=True,
-        load_from=str(finished / "epoch_2.pth"),
-        hooks=(toy.StopAt(10),),
+        tmp_path / "copy", 3, resume=True, load_from=path, hooks=(toy.StopAt(10),)
     )
     with pytest.raises(toy.Stopped):
         runner.train()

@@ -94,6 +94,7 @@ def test_not_a_number_becomes_null(toy, tmp_path):
     runner._val_evaluator = [Nan()]
     runner.train()
     assert json.loads((tmp_path / SUMMARY).read_text())["last"]["acc"] is None
+    assert "NaN" not in (tmp_path / HISTORY).read_text()
 
 
 def test_pictures_of_nothing_are_drawn():

@@ -7,6 +7,7 @@ import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from timm.models import group_parameters
+from timm.models._features import FeatureGetterNet
 from torch import Tensor
 
 import vision  # noqa: F401 -- registers the models
@@ -55,16 +56,15 @@ class ZooBackbone(BaseModule):
     ) -> None:
         super().__init__()
         check_model_name(model_name)
-        # Only models that collect features by `forward_intermediates` know a final norm.
-        extra = {"norm": True} if norm else {}
-        self.body = timm.create_model(
-            model_name,
-            features_only=True,
-            out_indices=tuple(out_indices),
-            **timm_weights(checkpoint),
-            **extra,
-            **model_args,
-        )
+        weights = timm_weights(checkpoint)
+        out_indices = tuple(out_indices)
+        if norm:
+            model = timm.create_model(model_name, num_classes=0, **weights, **model_args)
+            self.body = FeatureGetterNet(model, out_indices=out_indices, norm=True)
+        else:
+            self.body = timm.create_model(
+                model_name, features_only=True, out_indices=out_indices, **weights, **model_args
+            )
         self.channels: list[int] = self.body.feature_info.channels()
         self.strides: list[int] = self.body.feature_info.reduction()
         self.frozen = frozen

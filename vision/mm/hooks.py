@@ -50,7 +50,7 @@ def _finite(x: Any) -> Any:
 def _number(x: Any) -> float | None:
     """A metric or loss as a float; None for what is no single number."""
     if isinstance(x, torch.Tensor):
-        return float(x) if x.numel() == 1 else None
+        return float(x.detach()) if x.numel() == 1 else None
     return float(x) if isinstance(x, int | float) or hasattr(x, "__float__") else None
 
 
@@ -100,8 +100,7 @@ class TrainingCurveHook(Hook):
         """Take up the history, up to the iteration that training resumes at."""
         self._start = time.perf_counter()
         path = Path(runner.work_dir) / HISTORY
-        records = read_history(path) if runner.iter > 0 else []
-        self.records = [r for r in records if r["iter"] <= runner.iter]
+        self.records = [r for r in read_history(path) if r["iter"] <= runner.iter]
         self._earlier_s = self.records[-1]["wall_s"] if self.records else 0.0
         write_atomic(path, "".join(json.dumps(r) + "\n" for r in self.records))
 

@@ -8,14 +8,16 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
+from mmseg.registry import DATASETS
 from torch import Tensor, nn
 
-from vision.models.checkpoint import CheckpointError, listing, read_checkpoint, unwrap_state_dict
+from vision.models.checkpoint import CheckpointError, listing, unwrap_state_dict
 
 from .classifier import ImageClassifier
 from .compat import cpu_safe_config
 from .datasets import ClassifierInputs
+from .reading import read_run_checkpoint
 
 # Transforms that read files; a prediction starts from an image in memory.
 _LOADERS = {"LoadImage", "LoadMask", "LoadImageFromFile", "LoadAnnotations"}
@@ -49,7 +51,7 @@ class Predictor:
         self.model.to(self.device).eval()
         dataset = dict(cfg.test_dataloader.dataset)
         self.segments = not isinstance(self.model, ImageClassifier)
-        meta = read_checkpoint(checkpoint).get("meta", {}).get("dataset_meta") or {}
+        meta = read_run_checkpoint(checkpoint).get("meta", {}).get("dataset_meta") or {}
         classes = meta.get("classes") or getattr(DATASETS.get(dataset["type"]), "METAINFO", {}).get(
             "classes"
         )
@@ -90,7 +92,7 @@ def load_strict(model: nn.Module, checkpoint: str | Path) -> None:
     Raises:
         CheckpointError: the message lists the keys and shapes that do not fit.
     """
-    state = unwrap_state_dict(read_checkpoint(checkpoint))
+    state = unwrap_state_dict(read_run_checkpoint(checkpoint))
     wanted = model.state_dict()
     shapes = [
         f"{k} {tuple(v.shape)}, wanted {tuple(wanted[k].shape)}"

@@ -132,9 +132,9 @@ def check_keys(cfg: Config) -> None:
         ConfigError: a top-level key close to one of the Runner's, or an unknown parameter rule.
     """
     for key in cfg:
-        if key not in RUNNER_KEYS and (
-            near := difflib.get_close_matches(key, RUNNER_KEYS, 1, 0.85)
-        ):
+        # Pipelines are variables of the data configs; test_pipeline only looks like tta_pipeline.
+        known = key in RUNNER_KEYS or key in ("train_pipeline", "test_pipeline")
+        if not known and (near := difflib.get_close_matches(key, RUNNER_KEYS, 1, 0.85)):
             raise ConfigError(
                 f"config key {key!r} is not read by anything; did you mean {near[0]}?"
             )

@@ -117,9 +117,10 @@ def draw_prediction(image: Tensor, output: Any, meta: dict[str, Any]) -> tuple[n
     picture = np.ascontiguousarray(image.cpu().numpy().transpose(1, 2, 0))
     if isinstance(output, dict):
         found = int(output["scores"].argmax())
-        caption = str(meta["classes"][found])
+        names = dict(enumerate(map(str, meta["classes"])))
+        caption = names.get(found, f"class {found}")
         if found != output["label"]:
-            caption += f" (is {meta['classes'][output['label']]})"
+            caption += f" (is {names[output['label']]})"
         return _large(picture), caption
     colours = np.asarray(meta.get("palette") or palette(len(meta["classes"])), dtype=np.uint8)
     found_mask = output.pred_sem_seg.data[0].cpu().numpy()

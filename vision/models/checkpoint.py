@@ -19,7 +19,10 @@ class CheckpointError(RuntimeError):
 # Where the weights lie in files of timm, mmengine and facebookresearch/mae.
 _CONTAINERS = ("state_dict", "model")
 _SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
-_NEXT = "copy or download it again, or take the checkpoint before it"
+_NEXT = (
+    "copy or download it again, or take the checkpoint before it (--resume without a path finds "
+    "the newest whole one)"
+)
 
 
 def read_checkpoint(
@@ -51,23 +54,25 @@ def read_checkpoint(
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     about = f"{path} ({path.stat().st_size:,} bytes)"
+    archive = zipfile.is_zipfile(path)
     with path.open("rb") as file:
         head = file.read(24)
-    if head[:2] == b"PK" and not zipfile.is_zipfile(path):
+    if head[:2] == b"PK" and not archive:
         raise CheckpointError(
             f"{about} is truncated: its writer or its copy was cut off before the end; {_NEXT}"
         )
     try:
         with torch.serialization.safe_globals(list(safe_globals)):
+            # Files before torch 1.6 are no archives and cannot be mapped.
             content = torch.load(
-                path, map_location=map_location, weights_only=True, mmap=mmap or None
+                path, map_location=map_location, weights_only=True, mmap=mmap and archive
             )
     except (pickle.UnpicklingError, EOFError) as error:
-        if any(word in str(error) for word in ("refused", "GLOBAL", "Unsupported")):
+        if archive or head[:1] == pickle.PROTO:  # a whole archive, or a bare pickle
             raise CheckpointError(
                 f"{about} was not read: it names code, and a checkpoint is data only. Loading it "
                 "as torch did before 2.6 would run that code. If you trust its origin, convert it "
-                f"once to plain tensors where it was written. What was refused: {error}"
+                f"once to plain tensors where it was written. What was refused: {_refused(error)}"
             ) from error
         raise CheckpointError(
             f"{about} is not a checkpoint: it begins with {head!r}. A file of this kind is often "
@@ -82,6 +87,12 @@ def read_checkpoint(
             f"{about} holds a {type(content).__name__}, wanted a dictionary of parameters"
         )
     return content
+
+
+def _refused(error: Exception) -> str:
+    """What torch refused, without its advice to load the file all the same."""
+    lines = [line for line in str(error).splitlines() if line and not line.startswith("Check the")]
+    return lines[-1].strip().removeprefix("WeightsUnpickler error: ").partition(" Please use")[0]
 
 
 def _nearby(path: Path) -> str:

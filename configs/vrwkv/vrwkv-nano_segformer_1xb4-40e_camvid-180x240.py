@@ -1,6 +1,6 @@
 """A small VRWKV (96 channels, 6 blocks, patches of 8) on CamVid at half size, for a CPU.
 
-    python tools/train.py configs/vrwkv/vrwkv-nano_segformer_1xb8-45e_camvid-180x240.py \
+    python tools/train.py configs/vrwkv/vrwkv-nano_segformer_1xb4-40e_camvid-180x240.py \
         --cfg-options data_root=/path/to/camvid
 
 Expected: see README, "What we ran"; `configs/vit/` has the same with timm's ViT.
@@ -18,7 +18,6 @@ model = dict(
         embed_dim=96,
         depth=6,
         img_size=(180, 240),
-        drop_path_rate=0.05,
     ),
     decode_head=dict(
         loss_decode=dict(
@@ -27,15 +26,15 @@ model = dict(
         )
     ),
 )
-optim_wrapper = dict(optimizer=dict(lr=1.5e-3))
+optim_wrapper = dict(optimizer=dict(lr=3e-3))
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, begin=0, end=2, convert_to_iter_based=True),
+    dict(type="LinearLR", start_factor=0.01, begin=0, end=1, convert_to_iter_based=True),
     dict(
         type="CosineAnnealingLR",
         eta_min=1e-6,
-        begin=2,
-        end=45,
+        begin=1,
+        end=40,
         convert_to_iter_based=True,
     ),
 ]
-train_cfg = dict(max_epochs=45, val_interval=15)
+train_cfg = dict(max_epochs=40, val_interval=10)

@@ -1,0 +1,186 @@
+"""Every config is built and trains a step on stand-in data."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from mmseg.registry import DATASETS
+from PIL import Image
+
+import vision.mm  # noqa: F401 -- registers the zoo with mmengine
+from vision.mm.compat import cpu_safe_config
+from vision.mm.datasets import ClassifierInputs
+from vision.mm.launch import check_keys
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.py") if "_base_" not in p.parts)
+SIDE = 64  # of the stand-in images after every resize and crop, in pixels
+
+
+def shrink(node: Any) -> None:
+    """Make every size in a pipeline or preprocessor small, in place."""
+    sizes = {"scale": (SIDE, SIDE), "crop_size": (SIDE, SIDE), "size": (SIDE, SIDE)}
+    sizes["stride"] = (SIDE // 2, SIDE // 2)
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in list(items):
+        if key in sizes and isinstance(value, tuple | list):
+            node[key] = sizes[key]
+        elif isinstance(value, dict | list):
+            shrink(value)
+
+
+def write_segmentation_data(dataset: Any, root: Path) -> None:
+    """Two images and masks where a mmseg data set looks for them."""
+    cls = DATASETS.get(dataset.type)
+    empty = cls(lazy_init=True)
+    classes = len(cls.METAINFO["classes"])
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        image = root / dataset.data_prefix.img_path / f"{name}{empty.img_suffix}"
+        mask = root / dataset.data_prefix.seg_map_path / f"{name}{empty.seg_map_suffix}"
+        for path, array in (
+            (image, rng.integers(0, 256, (SIDE, SIDE + 16, 3), dtype=np.uint8)),
+            (mask, rng.integers(0, classes, (SIDE, SIDE + 16), dtype=np.uint8)),
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path)
+
+
+def stand_in(cfg: Config, root: Path) -> None:
+    """Replace the data by a few small samples; leave everything else as the config says."""
+    for phase in ("train", "val", "test"):
+        loader = cfg[f"{phase}_dataloader"]
+        loader.num_workers = 0
+        loader.batch_size = min(loader.batch_size, 2)
+        dataset = loader.dataset
+        if dataset.type in ("LabelledImages", "DigitClassification"):
+            split = "train" if phase == "train" else "val"
+            loader.dataset = Config(
+                {"type": "DigitClassification", "split": split, "size": SIDE // 2, "length": 2}
+            )._cfg_dict
+        elif dataset.type == "DigitSceneSegmentation":
+            dataset.update(size=SIDE, length=2)
+        else:
+            dataset.data_root = str(root)
+            shrink(dataset.pipeline)
+            write_segmentation_data(dataset, root)
+    shrink(cfg.model)
+    if "checkpoint" in cfg.model:
+        cfg.model.checkpoint = None
+    if "checkpoint" in cfg.model.get("backbone", {}):
+        cfg.model.backbone.checkpoint = None
+
+
+def test_there_are_configs() -> None:
+    assert len(CONFIGS) >= 12
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config_trains_a_step(path: Path, tmp_path: Path) -> None:
+    cfg = Config.fromfile(path)
+    check_keys(cfg)
+    cpu_safe_config(cfg)
+    init_default_scope(cfg.default_scope)
+    for phase in ("train", "val", "test"):
+        transform = cfg[f"{phase}_dataloader"].dataset.get("transform")
+        if transform:  # the images themselves are replaced below
+            image = np.zeros((50, 70, 3), np.uint8)
+            inputs = ClassifierInputs(transform, phase == "train")
+            shape = inputs({"image": image, "label": 0})["inputs"].shape
+            assert shape == (3, transform.input_size, transform.input_size)
+    stand_in(cfg, tmp_path / "data")
+    cfg.work_dir = str(tmp_path / "work")
+    by_epoch = cfg.train_cfg.type == "EpochBasedTrainLoop"
+    cfg.train_cfg.update({"max_epochs" if by_epoch else "max_iters": 1, "val_interval": 1})
+    cfg.default_hooks.checkpoint.interval = 10**9  # no file: VRWKV-L would write 4 GB
+    cfg.default_hooks.checkpoint.save_last = False
+    cfg.default_hooks.checkpoint.save_best = None
+    cfg.default_hooks.checkpoint.rule = None
+    cfg.visualizer = None
+    runner = Runner.from_cfg(cfg)
+    before = {k: v.clone() for k, v in runner.model.state_dict().items() if v.numel() < 10_000}
+    runner.train()
+    losses = runner.message_hub.get_scalar("train/loss")
+    assert np.isfinite(losses.current())
+    after = runner.model.state_dict()
+    moved = [k for k, v in before.items() if not v.equal(after[k])]
+    assert len(moved) > len(before) // 2, "one step must move the parameters"
+    metrics = {k for k in runner.message_hub.log_scalars if k.startswith("val/")}
+    wanted = "seg/mIoU" if "decode_head" in cfg.model else "accuracy/top1"
+    assert any(wanted in k for k in metrics)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config_says_how_to_run_it(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert f"tools/train.py {path.relative_to(ROOT)}" in " ".join(text.replace("\\", "").split())
+    assert str(Path.home()) not in text
+
+
+def test_folder_of_configs_has_no_stray_base() -> None:
+    """Every _base_ file is inherited by some config, itself or through another base."""
+    used: set[Path] = set()
+
+    def follow(path: Path) -> None:
+        for name in Config._get_base_files(str(path)):
+            base = (path.parent / name).resolve()
+            used.add(base)
+            follow(base)
+
+    for path in CONFIGS:
+        follow(path)
+    bases = {p.resolve() for p in (ROOT / "configs" / "_base_").rglob("*.py")}
+    assert bases <= used, f"nobody inherits {bases - used}"
+
+
+def test_recipes_are_the_published_ones() -> None:
+    def load(name: str) -> Config:
+        return Config.fromfile(ROOT / "configs" / "vrwkv" / name)
+
+    tiny = load("vrwkv-tiny_8xb128-300e_in1k-224.py")
+    small = load("vrwkv-small_8xb128-300e_in1k-224.py")
+    base = load("vrwkv-base_16xb64-300e_in1k-224.py")
+    for cfg, rate, mixed in ((tiny, 0.0, False), (small, 0.3, True), (base, 0.5, True)):
+        assert cfg.optim_wrapper.optimizer.lr == 1e-3
+        assert cfg.optim_wrapper.optimizer.weight_decay == 0.05
+        assert cfg.optim_wrapper.clip_grad.max_norm == 5.0
+        assert cfg.train_cfg.max_epochs == 300
+        assert cfg.model.get("drop_path_rate", 0.0) == rate
+        assert bool(cfg.model.get("mixup")) == mixed
+        assert cfg.model.label_smoothing == 0.1
+    assert 8 * tiny.train_dataloader.batch_size == 16 * base.train_dataloader.batch_size == 1024
+    large = load("vrwkv-large_8xb128-20e_in1k-384.py")
+    assert large.optim_wrapper.optimizer.lr == 1e-5
+    assert large.train_dataloader.dataset.transform.input_size == 384
+    assert "auto_augment" not in large.train_dataloader.dataset.transform
+    assert large.test_dataloader.dataset.transform.crop_pct == 1.0
+    hooks = [h.type for h in large.custom_hooks]
+    assert "EMAHook" in hooks
+    assert set(hooks) > {h.type for h in tiny.custom_hooks}
+    for size, lr, decay in (
+        ("tiny", 1.2e-4, 0.95),
+        ("small", 6e-5, 0.85),
+        ("base", 6e-5, 0.8),
+        ("large", 6e-5, 0.9),
+    ):
+        cfg = load(f"vrwkv-{size}_upernet_8xb2-160k_ade20k-512x512.py")
+        assert cfg.optim_wrapper.optimizer.lr == lr
+        assert cfg.optim_wrapper.paramwise_cfg.decay_rate == decay
+        assert cfg.train_cfg.max_iters == 160_000
+
+
+def test_vit_differs_from_vrwkv_in_the_backbone_alone() -> None:
+    name = "nano_segformer_1xb4-40e_camvid-180x240.py"
+    ours = Config.fromfile(ROOT / "configs" / "vrwkv" / f"vrwkv-{name}")
+    vit = Config.fromfile(ROOT / "configs" / "vit" / f"vit-{name}")
+    ours, vit = (copy.deepcopy(c._cfg_dict) for c in (ours, vit))
+    a, b = ours["model"].pop("backbone"), vit["model"].pop("backbone")
+    assert ours == vit
+    assert a["model_name"] != b["model_name"]
+    for key in ("embed_dim", "depth"):
+        assert a[key] == b[key]
