@@ -19,7 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a bare
 import timm
 
 import vision  # noqa: F401 -- registers the models
-from vision.models.checkpoint import CheckpointError, read_checkpoint, write_weights
+from vision.models.checkpoint import (
+    CheckpointError,
+    check_fit,
+    read_checkpoint,
+    write_weights,
+)
 
 
 def key_value(text: str) -> tuple[str, Any]:
@@ -51,15 +56,10 @@ def main() -> None:
         model = timm.create_model(args.model, **dict(args.model_args))
         family = sys.modules[type(model).__module__]
         weights = family.checkpoint_filter_fn(checkpoint, model)
-        try:
-            model.load_state_dict(weights, strict=True)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{args.checkpoint} does not fit {args.model}: {error}"
-            ) from error
+        check_fit(weights, model.state_dict(), str(args.checkpoint))
     except (CheckpointError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    write_weights(model.state_dict(), args.output)
+    write_weights(weights, args.output)
     print(f"wrote {len(weights)} tensors to {args.output}")
 
 

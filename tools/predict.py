@@ -40,10 +40,10 @@ def main() -> int:
     try:
         files = [(root, f) for p in args.inputs for root, f in named_images(p)]
         predictor = Predictor(args.config, args.checkpoint, args.device)
-    except (CheckpointError, ImageReadError, FileNotFoundError) as error:
+    except (CheckpointError, FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    colours = predictor.palette or palette(len(predictor.classes))
+    colours = np.array(predictor.palette or palette(len(predictor.classes)), np.uint8)
     labels, failed = {}, []
     for root, path in tqdm(files, unit="image"):
         try:

@@ -12,10 +12,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a bare
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 import vision.mm  # noqa: F401 -- registers the zoo with mmengine
-from vision.mm.launch import add_common_arguments, check_data, load_config
+from vision.mm.inference import load_strict
+from vision.mm.launch import (
+    add_common_arguments,
+    check_data,
+    errors_without_traceback,
+    load_config,
+)
+from vision.mm.reading import read_run_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,16 +51,22 @@ def use_tta(cfg: Config) -> None:
 def main() -> None:
     """Build the runner and test."""
     args = parse_args()
-    cfg = load_config(args)
-    cfg.load_from = args.checkpoint
+    with errors_without_traceback():
+        cfg = load_config(args)
+        check_data(cfg, "test")
+        read_run_checkpoint(args.checkpoint, mmap=True)  # a look, before anything slow
     if args.tta:
         use_tta(cfg)
     if args.show_dir:
         hook = {"type": "PredictionSheetHook", "out_dir": str(args.show_dir), "every_image": True}
         others = [h for h in cfg.get("custom_hooks", []) if h["type"] != "PredictionSheetHook"]
         cfg.custom_hooks = [*others, hook]
-    check_data(cfg, "test")
-    metrics = Runner.from_cfg(cfg).test()
+    runner = Runner.from_cfg(cfg)
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    with errors_without_traceback():
+        # Not by cfg.load_from, which passes over keys that do not fit.
+        load_strict(model.module if args.tta else model, args.checkpoint)
+    metrics = runner.test()
     if args.out and is_main_process():
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(metrics, indent=2, default=float) + "\n")

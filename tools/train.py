@@ -16,7 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a bare
 from mmengine.runner import Runner
 
 import vision.mm  # noqa: F401 -- registers the zoo with mmengine
-from vision.mm.launch import add_common_arguments, check_data, load_config
+from vision.mm.launch import (
+    add_common_arguments,
+    check_data,
+    errors_without_traceback,
+    load_config,
+)
+from vision.mm.reading import read_run_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,7 +46,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Build the runner and train."""
     args = parse_args()
-    cfg = load_config(args)
+    with errors_without_traceback():
+        cfg = load_config(args)
+        check_data(cfg, "train", "val")
+        if args.resume not in (None, "auto"):
+            read_run_checkpoint(args.resume, mmap=True)  # a look, before anything slow
     if args.seed is not None:
         cfg.randomness = {**cfg.get("randomness", {}), "seed": args.seed}
     if args.amp:
@@ -48,7 +58,6 @@ def main() -> None:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == "auto" else args.resume
-    check_data(cfg, "train", "val")
     Runner.from_cfg(cfg).train()
 
 

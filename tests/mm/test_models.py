@@ -162,7 +162,7 @@ def test_flip_tta_is_the_mean_of_both_sides() -> None:
         }
     ).eval()
     assert isinstance(tta, FlipTTA)
-    tta.load_state_dict(classifier().state_dict())
+    tta.module.load_state_dict(classifier().state_dict())
     data = batch()
     mirrored = {**data, "inputs": data["inputs"].flip(-1)}
     model = classifier().eval()

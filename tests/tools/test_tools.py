@@ -142,13 +142,35 @@ def test_test_shows_and_augments(scenes: Path, tmp_path: Path) -> None:
     assert (shown / "predictions_test.png").is_file()
 
 
-def test_classifier_is_tested_with_its_mirror_image(trained: Path, tmp_path: Path) -> None:
-    out = tmp_path / "m.json"
-    succeed(
-        "test", DIGITS, trained / "epoch_4.pth", "--tta", "--out", out, "--work-dir", tmp_path,
-        "--cfg-options", *SHORT,
-    )  # fmt: skip
-    assert 0 <= json.loads(out.read_text())["accuracy/top1"] <= 100
+def test_augmented_test(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    flips = "[dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]"
+    for base, checkpoint, added, options, metric in (
+        (
+            DIGITS,
+            trained / "epoch_4.pth",
+            "tta_model = dict(type='FlipTTA')",
+            SHORT,
+            "accuracy/top1",
+        ),
+        (
+            SCENES,
+            scenes / "epoch_1.pth",
+            "tta_pipeline = [dict(type='TestTimeAug', transforms="
+            f"[{flips}, [dict(type='PackSegInputs')]])]",
+            SHORT_SCENES,
+            "seg/mIoU",
+        ),
+    ):
+        config, out = tmp_path / "with_tta.py", tmp_path / "m.json"
+        config.write_text(f"_base_ = {str(ROOT / base)!r}\n{added}\n")
+        succeed(
+            "test", config, checkpoint, "--tta", "--out", out, "--work-dir", tmp_path,
+            "--cfg-options", *options,
+        )  # fmt: skip
+        assert 0 <= json.loads(out.read_text())[metric] <= 100
+    done = tool("test", DIGITS, trained / "epoch_4.pth", "--tta", "--work-dir", tmp_path)
+    assert done.returncode != 0
+    assert "--tta needs a tta_model" in done.stderr
 
 
 def test_predict_segments_a_folder(scenes: Path, tmp_path: Path) -> None:
@@ -212,6 +234,18 @@ def test_train_says_what_is_wrong(tmp_path: Path) -> None:
         done = tool("train", *arguments, "--work-dir", tmp_path / "w")
         assert done.returncode != 0
         assert message in done.stderr, done.stderr[-2000:]
+
+
+def test_a_checkpoint_of_another_model_is_not_used(
+    trained: Path, scenes: Path, tmp_path: Path
+) -> None:
+    for name, arguments in (
+        ("test", [SCENES, trained / "epoch_4.pth"]),
+        ("train", [SCENES, "--resume", trained / "epoch_4.pth"]),
+    ):
+        done = tool(name, *arguments, "--work-dir", tmp_path, "--cfg-options", *SHORT_SCENES)
+        assert done.returncode != 0
+        assert "does not fit the model" in done.stderr, done.stderr[-2000:]
 
 
 def test_flops_agree_with_upstream() -> None:

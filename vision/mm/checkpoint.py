@@ -12,9 +12,10 @@ from typing import Any
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
-from vision.models.checkpoint import CheckpointError
+from vision.models.checkpoint import CheckpointError, check_fit
 
 from .plain import from_plain, to_plain
 from .reading import check_whole, read_run_checkpoint
@@ -208,7 +209,14 @@ class AtomicCheckpointHook(CheckpointHook):
         checkpoint.update(plain)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Bring back the logged histories."""
+        """Bring back the logged histories; a resumed run must fit its checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another model. mmengine would pass over it.
+        """
+        if runner._resume:
+            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            check_fit(checkpoint["state_dict"], model.state_dict(), "the checkpoint to resume from")
         for key in ("meta", "message_hub", "param_schedulers", "optimizer"):
             if key in checkpoint:
                 checkpoint[key] = from_plain(checkpoint[key])

@@ -170,10 +170,6 @@ class FlipTTA(BaseModel):
         super().__init__()
         self.module = MODELS.build(module)
 
-    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint of the classifier itself."""
-        return self.module.load_state_dict(state_dict, *args, **kwargs)
-
     def test_step(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         """Predict a batch; see `ImageClassifier.forward`, mode "predict"."""
         data = self.module.data_preprocessor(data, False)

@@ -12,7 +12,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmseg.registry import DATASETS
 from torch import Tensor, nn
 
-from vision.models.checkpoint import CheckpointError, listing, unwrap_state_dict
+from vision.models.checkpoint import check_fit, unwrap_state_dict
 
 from .classifier import ImageClassifier
 from .compat import cpu_safe_config
@@ -21,6 +21,9 @@ from .reading import read_run_checkpoint
 
 # Transforms that read files; a prediction starts from an image in memory.
 _LOADERS = {"LoadImage", "LoadMask", "LoadImageFromFile", "LoadAnnotations"}
+
+# Smallest side that a pyramid with a stride of 32 px can be built on; smaller images are padded.
+_SMALLEST = 32
 
 
 class Predictor:
@@ -78,9 +81,13 @@ class Predictor:
             Segmentation: class indices (H, W), int64. Classification: probabilities (classes,).
         """
         if self.segments:
+            height, width = image.shape[:2]
+            lack = [(0, max(0, _SMALLEST - side)) for side in (height, width)]
+            image = np.pad(image, [*lack, (0, 0)])
             size = image.shape[:2]
             data = self._pipeline({"img": image, "img_shape": size, "ori_shape": size})
-            return self.model.test_step(pseudo_collate([data]))[0].pred_sem_seg.data[0].cpu()
+            found = self.model.test_step(pseudo_collate([data]))[0].pred_sem_seg.data[0]
+            return found[:height, :width].cpu()
         inputs = self._transform({"image": image, "label": None})["inputs"][None]
         batch = self.model.data_preprocessor({"inputs": inputs})
         return self.model(**batch, mode="predict")[0]["scores"]
@@ -93,20 +100,7 @@ def load_strict(model: nn.Module, checkpoint: str | Path) -> None:
         CheckpointError: the message lists the keys and shapes that do not fit.
     """
     state = unwrap_state_dict(read_run_checkpoint(checkpoint))
-    wanted = model.state_dict()
-    shapes = [
-        f"{k} {tuple(v.shape)}, wanted {tuple(wanted[k].shape)}"
-        for k, v in state.items()
-        if k in wanted and v.shape != wanted[k].shape
-    ]
-    unknown, missing = sorted(set(state) - set(wanted)), sorted(set(wanted) - set(state))
-    if shapes or unknown or missing:
-        raise CheckpointError(
-            f"{checkpoint} does not fit the config's model.\n"
-            f"  not in the model ({len(unknown)}): {listing(unknown) or '-'}\n"
-            f"  not in the checkpoint ({len(missing)}): {listing(missing) or '-'}\n"
-            f"  of another shape ({len(shapes)}): {listing(shapes, 4) or '-'}"
-        )
+    check_fit(state, model.state_dict(), str(checkpoint))
     model.load_state_dict(state, strict=True)
 
 

@@ -4,10 +4,13 @@ import argparse
 import difflib
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, DictAction
+
+from vision.models.checkpoint import CheckpointError
 
 from .compat import cpu_safe_config, init_dist
 
@@ -29,6 +32,19 @@ PARAMWISE_KEYS = (
 
 class ConfigError(ValueError):
     """A config file or a command line option cannot be right."""
+
+
+@contextmanager
+def errors_without_traceback() -> Iterator[None]:
+    """End the program with the message alone when the user's input is at fault.
+
+    Raises:
+        SystemExit: instead of ConfigError, CheckpointError and FileNotFoundError.
+    """
+    try:
+        yield
+    except (ConfigError, CheckpointError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from PIL import Image
@@ -19,7 +19,7 @@ _TILE = 320  # longest side of a tile of a sheet, in pixels
 
 @HOOKS.register_module()
 class PredictionSheetHook(Hook):
-    """Write one PNG with the first images of an evaluation and what the model said of them.
+    """Write one PNG with images from all over an evaluation and what the model said of them.
 
     Classification: the image, predicted and true class. Segmentation: image, annotation and
     prediction side by side.
@@ -82,13 +82,16 @@ class PredictionSheetHook(Hook):
         if not is_main_process():
             return
         meta = loader.dataset.metainfo
-        for image, output in zip(batch["inputs"], outputs, strict=True):
+        images = batch["inputs"]
+        if isinstance(images[0], list | tuple):
+            images = images[0]  # test-time augmentation: the first view is the plain one
+        for image, output in zip(images, outputs, strict=True):
             self._seen += 1
-            full = len(self._tiles) >= self.images
+            # Evenly spread: the first images of a video are all alike.
+            step = max(1, len(loader.dataset) // get_world_size() // self.images)
+            full = len(self._tiles) >= self.images or (self._seen - 1) % step
             if full and not self.every_image:
-                return
-            # Test-time augmentation gives each image several times; the first is the plain one.
-            image = image[0] if isinstance(image, list) else image
+                continue
             tile, caption = draw_prediction(image, output, meta)
             if self.every_image:
                 Image.fromarray(tile).save(self._folder(runner) / f"{self._seen - 1:06d}.png")

@@ -142,6 +142,32 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in checkpoint.items()}
 
 
+def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> None:
+    """Compare a checkpoint's parameters with a model's `state_dict()`.
+
+    Args:
+        state: the checkpoint's parameters.
+        wanted: the model's.
+        name: what the message calls the checkpoint.
+
+    Raises:
+        CheckpointError: the message lists the keys and shapes that do not fit.
+    """
+    unknown, missing = sorted(set(state) - set(wanted)), sorted(set(wanted) - set(state))
+    shapes = [
+        f"{k} {tuple(v.shape)}, wanted {tuple(wanted[k].shape)}"
+        for k, v in state.items()
+        if k in wanted and v.shape != wanted[k].shape
+    ]
+    if shapes or unknown or missing:
+        raise CheckpointError(
+            f"{name} does not fit the model.\n"
+            f"  not in the model ({len(unknown)}): {listing(unknown) or '-'}\n"
+            f"  not in the checkpoint ({len(missing)}): {listing(missing) or '-'}\n"
+            f"  of another shape ({len(shapes)}): {listing(shapes, 4) or '-'}"
+        )
+
+
 def listing(names: Iterable[str], most: int = 12) -> str:
     """The names in a row for a message, shortened past `most`."""
     names = list(names)

@@ -16,6 +16,21 @@ test_pipeline = [
     dict(type="LoadMask", num_classes=11),
     dict(type="PackSegInputs"),
 ]
+tta_pipeline = [
+    dict(type="LoadImage"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [
+                dict(type="Resize", scale=(round(480 * r), round(360 * r)), keep_ratio=True)
+                for r in (1.0, 0.75, 1.25)
+            ],
+            [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)],
+            [dict(type="LoadMask", num_classes=11)],
+            [dict(type="PackSegInputs")],
+        ],
+    ),
+]
 train_dataloader = dict(
     batch_size=8,
     num_workers=4,
