@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -219,6 +220,7 @@ HEADS = {
 
 @pytest.mark.parametrize("name", HEADS)
 def test_mmseg_heads_train(mmseg_models, name):
+    init_default_scope("mmseg")  # a run of an earlier test may have left another one
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 

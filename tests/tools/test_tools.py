@@ -15,7 +15,7 @@ from vision.models.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = "configs/vrwkv/vrwkv-nano_1xb64-80e_digits-32.py"
-SCENES = "configs/vrwkv/vrwkv-nano_segformer_1xb8-8e_digit-scenes-128.py"
+SCENES = "configs/vrwkv/vrwkv-nano_segformer_1xb8-16e_digit-scenes-128.py"
 # A run of seconds: few samples, a short schedule.
 SHORT = [
     "train_dataloader.dataset.length=128",
