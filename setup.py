@@ -1,15 +1,52 @@
 """Build the distribution `rwkv-vision`; the import name is `vision`."""
 
+import hashlib
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vision" / "version.py").read_text())[1]
 
 EXPORT = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]
 DEMO = ["scikit-learn>=1.4"]
+
+SOURCES = sorted(
+    [
+        *ROOT.glob("kernels/csrc/*.c"),
+        *ROOT.glob("kernels/csrc/*.h"),
+        *ROOT.glob("kernels/*/csrc/*_cpu.h"),
+    ]
+)
+# kernels/cpu.py compares it with the sources, so that nobody tests an old build.
+DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:16]
+
+
+class BuildKernels(build_ext):
+    """Compile the CPU kernels with OpenMP, with one thread where the compiler has none."""
+
+    def build_extension(self, ext: Extension) -> None:
+        flags = ["-O3", "-fwrapv", "-fvisibility=hidden"]
+        try:
+            ext.extra_compile_args, ext.extra_link_args = [*flags, "-fopenmp"], ["-fopenmp"]
+            super().build_extension(ext)
+        except CompileError:
+            ext.extra_compile_args, ext.extra_link_args = flags, []
+            super().build_extension(ext)
+
+
+KERNELS = Extension(
+    "vision.kernels._cpu",
+    [str(path.relative_to(ROOT)) for path in SOURCES if path.suffix == ".c"],
+    depends=[str(path.relative_to(ROOT)) for path in SOURCES],
+    define_macros=[("VISION_SOURCE_DIGEST", f'"{DIGEST}"')],
+    libraries=["m"],
+    # Without a compiler the installation goes on; `python -m vision.kernels` says what is missing.
+    optional=True,
+)
 
 setup(
     name="rwkv-vision",
@@ -21,7 +58,9 @@ setup(
     python_requires=">=3.11,<3.14",
     # vision/kernels is a link to kernels/, which lies at the top for people.
     packages=find_packages(include=["vision", "vision.*"]),
-    package_data={"vision": ["py.typed"]},
+    package_data={"vision": ["py.typed", "kernels/*/csrc/*.cu", "kernels/*/csrc/*.h"]},
+    ext_modules=[KERNELS],
+    cmdclass={"build_ext": BuildKernels},
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",

@@ -5,5 +5,15 @@
 
 from .bi_wkv import bi_wkv
 from .dispatch import Availability, BackendUnavailableError, list_backends, use_backend
+from .gate import gate
+from .shift_mix import shift_mix
 
-__all__ = ["Availability", "BackendUnavailableError", "bi_wkv", "list_backends", "use_backend"]
+__all__ = [
+    "Availability",
+    "BackendUnavailableError",
+    "bi_wkv",
+    "gate",
+    "list_backends",
+    "shift_mix",
+    "use_backend",
+]

@@ -3,13 +3,15 @@
 The first of these that names a backend wins: the `backend` argument of the call, the innermost
 `use_backend(name)`, the environment variable `VISION_KERNELS_BACKEND`. Without a name the first
 available backend of the operator's order for the device serves. A backend that was named either
-serves or raises; it is never replaced silently.
+serves or raises; it is never replaced silently. A name given for all operators at once, by
+`use_backend` or the environment, binds those that have a backend of this name.
 """
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,16 +47,17 @@ class Backend:
 
     Attributes:
         name: what callers write.
-        forward: takes the operator's tensors, returns its output.
-        backward: takes the operator's tensors, the output and the gradient of the output; returns
-            the gradient of every tensor. It may not rely on anything else from `forward`.
+        forward: takes the operator's tensors and settings, returns its output.
+        backward: takes the operator's tensors, the output where the operator saves it, the gradient
+            of the output and the settings; returns the gradient of every tensor. It may not rely on
+            anything else from `forward`.
         probe: None if the backend runs on this device, else the reason and the cure in a phrase.
             Called at the first need and remembered per device: it may look for a compiler.
         dtypes: dtypes of computation that are served (`None`: all).
     """
 
     name: str
-    forward: Callable[..., Tensor]
+    forward: Callable[..., Any]
     backward: Callable[..., tuple[Tensor, ...]]
     probe: Callable[[torch.device], str | None] = _always
     dtypes: frozenset[torch.dtype] | None = None
@@ -116,13 +119,21 @@ class Operator:
         """
         if argument is not None and argument != AUTO:
             return self._known(argument, "the argument `backend`")
-        name = _scope.get(self.name, _scope.get(_EVERY_OPERATOR, AUTO))
-        if name != AUTO:
-            return self._known(name, "use_backend")
-        name = _from_environment().get(self.name, AUTO)
-        if name == AUTO:
-            name = _from_environment().get(_EVERY_OPERATOR, AUTO)
-        return name if name == AUTO else self._known(name, ENVIRONMENT_VARIABLE)
+        named = _scope.get(self.name)
+        if named is None:
+            named = self._for_all(_scope.get(_EVERY_OPERATOR, AUTO), "use_backend")
+        if named != AUTO:
+            return named
+        environment = _from_environment()
+        if not environment:
+            return AUTO
+        if environment.get(self.name, AUTO) != AUTO:
+            return self._known(environment[self.name], ENVIRONMENT_VARIABLE)
+        return self._for_all(environment.get(_EVERY_OPERATOR, AUTO), ENVIRONMENT_VARIABLE)
+
+    def _for_all(self, name: str, source: str) -> str:
+        """Return a name that was given for all operators, `AUTO` if only others have it."""
+        return name if _checked_name(name, _EVERY_OPERATOR, source) in self.backends else AUTO
 
     def resolve(self, name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         """Return the backend that serves a call.
@@ -279,8 +290,11 @@ def _checked_name(name: str, key: str, source: str) -> str:
 
 def _from_environment() -> dict[str, str]:
     """Read `torch` or `bi_wkv=torch,wkv6=triton`; names are checked by the operator concerned."""
+    text = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not text:
+        return {}
     named = {}
-    for item in os.environ.get(ENVIRONMENT_VARIABLE, "").split(","):
+    for item in text.split(","):
         if item.strip():
             op, equals, name = item.rpartition("=")
             named[op.strip() if equals else _EVERY_OPERATOR] = name.strip()

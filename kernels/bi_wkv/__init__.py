@@ -5,21 +5,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import cpu as kernels_cpu
+from .. import triton_support
 from ..dispatch import Backend, Operator
-from . import export, reference, scan
+from ..seam import Seam, check_tensors, compute_dtype, is_eager
+from . import cpu, cuda, export, reference, scan, triton_kernel
 
 __all__ = ["OPERATOR", "bi_wkv"]
 
 OPERATOR = Operator(
     "bi_wkv",
     [
+        Backend("cpu", cpu.forward, cpu.backward, kernels_cpu.probe, kernels_cpu.DTYPES),
+        Backend("cuda", cuda.forward, cuda.backward, cuda.probe, cuda.DTYPES),
+        Backend(
+            "triton",
+            triton_kernel.forward,
+            triton_kernel.backward,
+            triton_support.probe,
+            triton_support.DTYPES,
+        ),
         Backend("torch", scan.forward, scan.backward),
         Backend("reference", reference.forward, reference.backward),
         Backend("export", export.forward, scan.backward),
     ],
-    order={"*": ("torch",)},
+    order={"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch"), "*": ("torch",)},
 )
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_SEAM = Seam("bi_wkv", "vision.kernels.bi_wkv.export.bi_wkv_cumsum", saves_output=True)
 
 
 def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
@@ -55,25 +67,14 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, backend: str | None = 
     name = OPERATOR.requested(backend)
     if name == "export" or torch.onnx.is_in_onnx_export():
         return export.bi_wkv_cumsum(w, u, k, v)
-    if not torch.compiler.is_compiling():
-        name = OPERATOR.resolve(name, k.device, _compute_dtype(w, u, k, v)).name
+    if is_eager(w, u, k, v):
+        serving = OPERATOR.resolve(name, k.device, compute_dtype(w, u, k, v))
+        return _SEAM.apply(serving, (w, u, k, v))
     return _forward_op(w, u, k, v, name)
 
 
 def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("w", w), ("u", u), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"bi_wkv needs a tensor for {name}, got {type(x).__name__}")
-        if x.dtype not in _DTYPES:
-            raise TypeError(
-                f"bi_wkv needs {name} in float32, float64, bfloat16 or float16, got {x.dtype}; "
-                f"convert it, for example with {name}.float()"
-            )
-        if x.device != k.device:
-            raise ValueError(
-                f"bi_wkv needs all tensors on one device; {name} is on {x.device}, k on "
-                f"{k.device}: move {name} with {name}.to(k.device)"
-            )
+    check_tensors("bi_wkv", {"w": w, "u": u, "v": v, "k": k})
     if k.dim() != 3 or k.shape != v.shape:
         raise ValueError(
             f"bi_wkv needs k and v of one shape (B, T, C), got {tuple(k.shape)} and "
@@ -91,10 +92,6 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
 @torch.library.custom_op("vision::bi_wkv", mutates_args=())
 def _forward_op(w: Tensor, u: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     # The fake tensors say contiguous, whatever a backend makes of the strides of its inputs.
@@ -110,7 +107,7 @@ def _backward_op(
 
 
 def _serving(name: str, *tensors: Tensor) -> Backend:
-    return OPERATOR.resolve(OPERATOR.requested(name), tensors[2].device, _compute_dtype(*tensors))
+    return OPERATOR.resolve(OPERATOR.requested(name), tensors[2].device, compute_dtype(*tensors))
 
 
 @_forward_op.register_fake
@@ -134,12 +131,5 @@ def _differentiate_forward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward_op(*ctx.saved_tensors, gy, ctx.backend), None
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "bi_wkv is differentiable once, a second derivative was asked for; use "
-        "vision.kernels.bi_wkv.export.bi_wkv_cumsum, which is made of ordinary torch operators"
-    )
-
-
 _forward_op.register_autograd(_differentiate_forward, setup_context=_setup_forward)
-_backward_op.register_autograd(_refuse_second_derivative)
+_backward_op.register_autograd(_SEAM.refuse)

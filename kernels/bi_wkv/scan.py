@@ -22,6 +22,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..seam import compute_dtype
+
 # |w|·T + |u| up to which e^{k - max k} and its sums stay inside the dtype's range, with what is
 # lost below it weighing less than e^{-27}: float32 ends at e^{±87}, float64 at e^{±708}.
 _PLAIN_LIMIT = {torch.float32: 60.0, torch.float64: 500.0}
@@ -45,7 +47,7 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if k.shape[1] == 1:
         return v + 0 * (k + u + w).to(v.dtype)
-    dtype = _compute_dtype(w, u, k, v)
+    dtype = compute_dtype(w, u, k, v)
     form: Callable[..., None] = _scaled_forward
     if _is_plain(w, u, k.shape[1], dtype):
         form = functools.partial(_plain_forward, scratch=_room(k, 2, dtype))
@@ -71,7 +73,7 @@ def backward(
     Returns:
         Gradients of w, u, k, v, contiguous, each in its input's dtype.
     """
-    dtype = _compute_dtype(w, u, k, v)
+    dtype = compute_dtype(w, u, k, v)
     gw, gu = torch.zeros_like(w, dtype=dtype), torch.zeros_like(u, dtype=dtype)
     gk, gv = k.new_empty(k.shape), v.new_empty(v.shape)
     if k.shape[1] == 1:
@@ -85,10 +87,6 @@ def backward(
         gw[c] += gw_part
         gu[c] += gu_part
     return gw.to(w.dtype), gu.to(u.dtype), gk, gv
-
-
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def _is_plain(w: Tensor, u: Tensor, tokens: int, dtype: torch.dtype) -> bool:

@@ -36,9 +36,17 @@ def gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Ten
     return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
 
 
+def skip_unless_served(backend: str, dtype: torch.dtype) -> None:
+    compute = torch.promote_types(dtype, torch.float32)
+    reason = OPERATOR.why_not(OPERATOR.backends[backend], torch.device("cpu"), compute)
+    if reason is not None:
+        pytest.skip(f"backend {backend} cannot serve {dtype} on the CPU: {reason}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("backend", list(OPERATOR.backends))
 def test_opcheck(backend: str, dtype: torch.dtype) -> None:
+    skip_unless_served(backend, dtype)
     inputs = make(dtype=dtype)
     for k, v in (inputs[2:], [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[2:]]):
         leaves = [x.detach().requires_grad_() for x in (*inputs[:2], k, v)]
@@ -49,6 +57,7 @@ def test_opcheck(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", list(OPERATOR.backends))
 def test_opcheck_of_one_token_and_swapped_strides(backend: str) -> None:
     inputs = make(2, 1)
+    skip_unless_served(backend, inputs[2].dtype)
     k, v = (x.squeeze(1).t().contiguous().t().unsqueeze(1) for x in inputs[2:])
     assert not v.is_contiguous()
     torch.library.opcheck(_forward_op, (*inputs[:2], k, v, backend))
@@ -91,7 +100,7 @@ def test_compiled_code_follows_use_backend_and_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     served = []
-    for name in ("torch", "reference"):
+    for name in ("cpu", "torch", "reference"):
         backend = OPERATOR.backends[name]
 
         def note(*x: Tensor, _name: str = name, _of: Callable = backend.forward) -> Tensor:
@@ -106,7 +115,7 @@ def test_compiled_code_follows_use_backend_and_environment(
     compiled(*inputs)
     with use_backend("torch"):
         compiled(*inputs)
-    assert served == ["torch", "reference", "torch"]
+    assert served == ["cpu", "reference", "torch"]
 
     def inside(*x: Tensor) -> Tensor:
         with use_backend("torch"):

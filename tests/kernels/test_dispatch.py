@@ -82,6 +82,17 @@ def test_context_for_one_operator(op: Operator) -> None:
         assert dispatch.operators()["bi_wkv"].requested() == "reference"
 
 
+def test_a_name_for_all_binds_those_that_have_it(
+    op: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with use_backend("reference"):
+        assert op.requested() == AUTO
+        assert dispatch.operators()["bi_wkv"].requested() == "reference"
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    assert op.requested() == AUTO
+    assert dispatch.operators()["bi_wkv"].requested() == "reference"
+
+
 def test_environment_for_one_operator(op: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, " bi_wkv=reference, slow ")
     assert op.requested() == "slow"
@@ -98,8 +109,8 @@ def test_unknown_name_lists_the_names(op: Operator, monkeypatch: pytest.MonkeyPa
         op.requested("quick")
     with pytest.raises(ValueError, match=r"'quick', which use_backend asks for.*slow"):
         use_backend("quick")
-    with use_backend("reference"), pytest.raises(ValueError, match=r"twice has no .*use_backend"):
-        op.requested()
+    with pytest.raises(ValueError, match=r"'reference', which use_backend asks for.*fast, half"):
+        use_backend("reference", op="twice")
     with pytest.raises(ValueError, match=r"no operator 'thrice'; there are bi_wkv"):
         use_backend("slow", op="thrice")
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "quick")
@@ -150,7 +161,7 @@ def test_list_says_why_not(op: Operator) -> None:
     assert rows["twice", "fast"].reason == "no compiler was found; install g++"
     assert rows["twice", "slow"].reason is None
     assert not rows["twice", "fast"].default
-    assert rows["bi_wkv", "torch"].default
+    assert rows["bi_wkv", "cpu"].default
 
 
 def _python(root: Path, *arguments: str) -> str:
@@ -162,7 +173,7 @@ def _python(root: Path, *arguments: str) -> str:
 def test_table_on_the_command_line(repo_root: Path) -> None:
     lines = _python(repo_root, "-m", "vision.kernels", "cpu").splitlines()
     assert lines[0].split() == ["op", "backend", "device", "available"]
-    assert ["bi_wkv", "torch", "cpu", "yes", "(default)"] in [line.split() for line in lines]
+    assert ["bi_wkv", "cpu", "cpu", "yes", "(default)"] in [line.split() for line in lines]
 
 
 def test_import_is_quiet_and_light(repo_root: Path) -> None:

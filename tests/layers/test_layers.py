@@ -58,8 +58,8 @@ def test_q_shift_names_a_wrong_grid() -> None:
 
 def test_single_shift_gives_the_token_before() -> None:
     x = torch.arange(1.0, 6).view(1, 5, 1)
-    assert single_shift(x, (1, 5), 2).flatten().tolist() == [0, 0, 1, 2, 3]
-    assert single_shift(x, (1, 5), 9).flatten().tolist() == [0] * 5
+    assert single_shift(x, 2).flatten().tolist() == [0, 0, 1, 2, 3]
+    assert single_shift(x, 9).flatten().tolist() == [0] * 5
 
 
 def test_shift_mix_interpolates() -> None:

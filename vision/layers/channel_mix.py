@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from vision.kernels import gate
+
 from .init import channel_init
 from .shift_mix import ShiftMix
 
@@ -49,5 +51,14 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """Mix the channels of tokens (B, T, C); the shift runs over the grid hw."""
         xk, xr = self.shift_mix(x, hw)
-        hidden = self.norm(torch.relu(self.key(xk)).square())
-        return torch.sigmoid(self.receptance(xr)) * self.value(hidden)
+        hidden = self.norm(_relu_squared(self.key(xk)))
+        return gate(self.receptance(xr), self.value(hidden))
+
+
+def _relu_squared(x: Tensor) -> Tensor:
+    """Compute relu(x)^2 in the memory of x as far as autograd allows.
+
+    Fresh memory for the widest tensor of the block costs more than the arithmetic on a CPU.
+    """
+    x = torch.relu_(x)
+    return x.square() if torch.is_grad_enabled() else x.square_()

@@ -6,10 +6,9 @@ Every mixer is called `mixer(x, hw)` with tokens x (B, H*W, C) and hw = (H, W), 
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from vision.kernels import bi_wkv
+from vision.kernels import bi_wkv, gate
 
 from .init import spatial_init
 from .shift_mix import ShiftMix
@@ -60,7 +59,7 @@ class BiWKVMixer(nn.Module):
         xk, xv, xr = self.shift_mix(x, hw)
         tokens = x.shape[1]
         y = bi_wkv(self.decay / tokens, self.bonus / tokens, self.key(xk), self.value(xv))
-        return self.output(torch.sigmoid(self.receptance(xr)) * self.norm(y))
+        return self.output(gate(self.receptance(xr), self.norm(y)))
 
 
 MIXERS: dict[str, type[nn.Module]] = {"bi_wkv": BiWKVMixer}

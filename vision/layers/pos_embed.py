@@ -21,7 +21,8 @@ def resample_pos_embed(
     Returns:
         (1, H'*W', C) in the dtype of `pos_embed`; computed in float32 at least.
     """
-    if old_hw == new_hw:
+    # A comparison would fix a size that an exported graph leaves open.
+    if all(isinstance(side, int) for side in new_hw) and old_hw == new_hw:
         return pos_embed
     channels = pos_embed.shape[-1]
     dtype = torch.promote_types(pos_embed.dtype, torch.float32)

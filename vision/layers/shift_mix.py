@@ -3,11 +3,31 @@
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision.kernels import shift_mix
+from vision.kernels.shift_mix.plain import shift
 
-def q_shift(x: Tensor, hw: tuple[int, int], pixels: int = 1, channel_gamma: float = 0.25) -> Tensor:
+Grid = tuple[int, int]
+
+
+def _quarters(channels: int, hw: Grid, gamma: float) -> tuple[list[int], Grid]:
+    return [int(channels * gamma * j) for j in range(5)], hw
+
+
+def _sequence(channels: int, hw: Grid, gamma: float) -> tuple[list[int], Grid]:
+    return [0, channels, channels, channels, channels], (1, hw[0] * hw[1])
+
+
+# For a number of channels, a grid and the share of the channels in a group: the limits of the
+# groups that take the left, right, upper and lower neighbour, and the grid to see it on.
+SHIFTS: dict[str, Callable[[int, Grid, float], tuple[list[int], Grid]]] = {
+    "q_shift": _quarters,
+    "single_shift": _sequence,
+}
+
+
+def q_shift(x: Tensor, hw: Grid, pixels: int = 1, channel_gamma: float = 0.25) -> Tensor:
     """Move four groups of channels by `pixels` patches, one in each direction (arXiv:2403.02308).
 
     Group 0 takes the left neighbour, 1 the right, 2 the upper, 3 the lower one. Group `j` is the
@@ -26,51 +46,29 @@ def q_shift(x: Tensor, hw: tuple[int, int], pixels: int = 1, channel_gamma: floa
     Raises:
         ValueError: H*W is not the number of tokens.
     """
-    h, w = hw
-    b, t, c = x.shape
-    if h * w != t:
-        raise ValueError(f"q_shift got {t} tokens for a grid of {h} x {w} = {h * w}")
-    grid = x.reshape(b, h, w, c)
-    edge = [int(c * channel_gamma * j) for j in range(5)]
-    across, down = min(pixels, w), min(pixels, h)
-    # F.pad counts from the last axis: (channels, width, height); a negative pad cuts.
-    pads = (
-        (0, 0, across, -across),
-        (0, 0, -across, across),
-        (0, 0, 0, 0, down, -down),
-        (0, 0, 0, 0, -down, down),
-    )
-    parts = [F.pad(grid[..., edge[j] : edge[j + 1]], pad) for j, pad in enumerate(pads)]
-    if edge[4] < c:
-        parts.append(grid[..., edge[4] :])
-    return torch.cat(parts, dim=-1).view(b, t, c)
+    if hw[0] * hw[1] != x.shape[1]:
+        raise ValueError(
+            f"q_shift got {x.shape[1]} tokens for a grid of {hw[0]} x {hw[1]} = {hw[0] * hw[1]}"
+        )
+    edges, (h, w) = _quarters(x.shape[2], hw, channel_gamma)
+    return shift(x, h, w, pixels, edges)
 
 
-def single_shift(
-    x: Tensor, hw: tuple[int, int], pixels: int = 1, channel_gamma: float = 0.25
-) -> Tensor:
+def single_shift(x: Tensor, pixels: int = 1) -> Tensor:
     """Give every token the one `pixels` places before it in the sequence.
 
     The shift of the language model, and of upstream's masked autoencoder, whose kept tokens have
-    no grid. `hw` and `channel_gamma` are accepted so that all shifts are called alike.
+    no grid.
 
     Args:
         x: tokens (B, T, C).
-        hw: grid height and width, not used.
         pixels: how far to move, in tokens, at least 1.
-        channel_gamma: not used.
 
     Returns:
         (B, T, C); zeros enter at the start.
     """
-    step = min(pixels, x.shape[1])
-    return F.pad(x, (0, 0, step, -step))
-
-
-SHIFTS: dict[str, Callable[[Tensor, tuple[int, int], int, float], Tensor]] = {
-    "q_shift": q_shift,
-    "single_shift": single_shift,
-}
+    edges, (h, w) = _sequence(x.shape[2], (1, x.shape[1]), 1.0)
+    return shift(x, h, w, pixels, edges)
 
 
 class ShiftMix(nn.Module):
@@ -119,5 +117,6 @@ class ShiftMix(nn.Module):
         """Return one mixed copy of the tokens (B, T, C) for each name, in the names' order."""
         if self.shift_pixels == 0:
             return (x,) * len(self.names)
-        shifted = SHIFTS[self.shift](x, hw, self.shift_pixels, self.channel_gamma)
-        return tuple(torch.lerp(shifted, x, getattr(self, name).to(x.dtype)) for name in self.names)
+        edges, grid = SHIFTS[self.shift](x.shape[2], hw, self.channel_gamma)
+        mu = torch.stack([getattr(self, name) for name in self.names])
+        return tuple(shift_mix(x, mu, grid, pixels=self.shift_pixels, edges=edges))

@@ -1,0 +1,94 @@
+"""Bi-WKV by the compiled CPU kernels (csrc/bi_wkv_cpu.h says how they work)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import cpu
+from . import scan
+
+# Growth over a whole sequence, -w·T, up to which float32 suffices for the gradient of w: beyond it
+# that is the small rest of sums that cancel.
+_MOST_GROWTH = 20.0
+
+
+def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute Bi-WKV.
+
+    Args:
+        w: decay per token, (C,).
+        u: bonus of the token itself, (C,).
+        k: keys, (B, T, C).
+        v: values, (B, T, C).
+
+    Returns:
+        (B, T, C), contiguous, in v's dtype.
+    """
+    channels = k.shape[2]
+    if channels < cpu.LANES:
+        return forward(*(_widen(x) for x in (w, u, k, v)))[..., :channels]
+    dtype = cpu.common_dtype(k, v)
+    w, u = w.float().contiguous(), u.float().contiguous()
+    k, v = cpu.side_by_side(k, dtype), cpu.side_by_side(v, dtype)
+    y = torch.empty(v.shape, dtype=dtype)
+    call, threads, parts = _prepare(k, v)
+    call.y = cpu.Rows.of(y)
+    status = cpu.library().vision_bi_wkv(call, w.data_ptr(), u.data_ptr(), threads, parts)
+    cpu.check(status, "bi_wkv")
+    return y.to(v.dtype)
+
+
+def backward(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor, gy: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of Bi-WKV.
+
+    Args:
+        w: decay per token, (C,).
+        u: bonus of the token itself, (C,).
+        k: keys, (B, T, C).
+        v: values, (B, T, C).
+        y: the output, (B, T, C); computed again where it was rounded to 16 bits.
+        gy: gradient of the output, (B, T, C).
+
+    Returns:
+        Gradients of w, u, k, v, each in its input's dtype. Where the weights grow with the
+        distance by more than e^20 over the sequence (no trained model does), they are those of
+        `scan.backward` in float64.
+    """
+    channels = k.shape[2]
+    if w.amin() * k.shape[1] < -_MOST_GROWTH:
+        wide = scan.backward(w.double(), u.double(), k.double(), v.double(), y, gy.double())
+        gw, gu, gk, gv = (g.to(x.dtype) for g, x in zip(wide, (w, u, k, v), strict=True))
+        return gw, gu, gk, gv
+    if channels < cpu.LANES:
+        grads = backward(*(_widen(x) for x in (w, u, k, v, y, gy)))
+        gw, gu, gk, gv = (grad[..., :channels] for grad in grads)
+        return gw, gu, gk, gv
+    dtype = cpu.common_dtype(k, v, gy)
+    wide_w, wide_u = w.float().contiguous(), u.float().contiguous()
+    keys, values, gy = (cpu.side_by_side(x, dtype) for x in (k, v, gy))
+    gk, gv = torch.empty(k.shape, dtype=dtype), torch.empty(v.shape, dtype=dtype)
+    call, threads, parts = _prepare(keys, values)
+    gw, gu = torch.empty(2, parts * k.shape[0], channels, dtype=torch.float64)
+    y = y.to(dtype)
+    call.y, call.gy = cpu.Rows.of(y), cpu.Rows.of(gy)
+    call.gk, call.gv = cpu.Rows.of(gk), cpu.Rows.of(gv)
+    call.gw, call.gu = gw.data_ptr(), gu.data_ptr()
+    status = cpu.library().vision_bi_wkv_grads(
+        call, wide_w.data_ptr(), wide_u.data_ptr(), threads, parts
+    )
+    cpu.check(status, "bi_wkv")
+    return cpu.sum_of_parts(gw, w), cpu.sum_of_parts(gu, u), gk.to(k.dtype), gv.to(v.dtype)
+
+
+def _prepare(k: Tensor, v: Tensor) -> tuple[cpu.BiWkvCall, int, int]:
+    """Return the call with its inputs, the number of threads and of parts of the tokens."""
+    call = cpu.BiWkvCall(cpu.dtype_code(k.dtype), *k.shape, cpu.Rows.of(k), cpu.Rows.of(v))
+    threads = cpu.threads_for(k.numel())
+    return call, threads, cpu.library().vision_bi_wkv_parts(*k.shape, threads)
+
+
+def _widen(x: Tensor) -> Tensor:
+    """Append channels of zeros, so that there is one whole vector."""
+    return F.pad(x, (0, cpu.LANES - x.shape[-1]))

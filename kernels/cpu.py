@@ -1,0 +1,208 @@
+"""The compiled CPU kernels: where their library is, why it cannot serve, how it is called.
+
+`pip install` compiles kernels/csrc with a plain C compiler; nothing is compiled at run time.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.machinery
+from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_FOLDER = Path(__file__).parent
+# The widest vector: operators that need one whole vector of channels are given at least so many.
+LANES = 16
+# Fewer elements than this are not worth waking a second thread.
+_ELEMENTS_PER_THREAD = 1 << 14
+# Dtypes of computation; inputs may also be bfloat16 and float16.
+DTYPES = frozenset({torch.float32})
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class CpuKernelError(RuntimeError):
+    """The compiled kernels could not do a call; the message says why."""
+
+
+class Rows(ctypes.Structure):
+    """`rows` of cpu.h: a tensor (B, T, C) whose channels lie side by side."""
+
+    _fields_ = [("data", c_void_p), ("batch", c_int64), ("token", c_int64)]
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Rows":
+        """Describe a tensor; it must be kept alive by the caller."""
+        return cls(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+class BiWkvCall(ctypes.Structure):
+    """`bi_wkv_call` of cpu.h; the library fills in the end of it."""
+
+    _fields_ = [
+        ("dtype", c_int32),
+        ("batch", c_int64),
+        ("tokens", c_int64),
+        ("channels", c_int64),
+        *[(name, Rows) for name in ("k", "v", "y", "gy", "gk", "gv")],
+        ("gw", c_void_p),
+        ("gu", c_void_p),
+        ("filled_in", c_void_p * 11),
+    ]
+
+
+class ShiftMixCall(ctypes.Structure):
+    """`shift_mix_call` of cpu.h."""
+
+    _fields_ = [
+        ("dtype", c_int32),
+        ("count", c_int32),
+        *[(name, c_int64) for name in ("batch", "height", "width", "channels", "pixels")],
+        ("edges", c_int64 * 5),
+        ("mu", c_void_p),
+        ("x", Rows),
+        ("gx", Rows),
+        ("mixed", POINTER(c_void_p)),
+    ]
+
+
+class GateCall(ctypes.Structure):
+    """`gate_call` of cpu.h."""
+
+    _fields_ = [
+        ("dtype", c_int32),
+        *[(name, c_void_p) for name in ("r", "y", "grad", "out", "gr", "gy")],
+    ]
+
+
+_FUNCTIONS: dict[str, tuple[type, list[type]]] = {
+    "vision_cpu_kind": (c_char_p, []),
+    "vision_cpu_use": (c_int, [c_char_p]),
+    "vision_cpu_source": (c_char_p, []),
+    "vision_bi_wkv_parts": (c_int64, [c_int64, c_int64, c_int64, c_int]),
+    "vision_bi_wkv": (c_int, [POINTER(BiWkvCall), c_void_p, c_void_p, c_int, c_int64]),
+    "vision_bi_wkv_grads": (c_int, [POINTER(BiWkvCall), c_void_p, c_void_p, c_int, c_int64]),
+    "vision_shift_mix_parts": (c_int64, [POINTER(ShiftMixCall)]),
+    "vision_shift_mix": (c_int, [POINTER(ShiftMixCall), c_int]),
+    "vision_shift_mix_grads": (c_int, [POINTER(ShiftMixCall), c_void_p, c_int]),
+    "vision_gate": (c_int, [POINTER(GateCall), c_int64, c_int]),
+    "vision_gate_grads": (c_int, [POINTER(GateCall), c_int64, c_int]),
+}
+
+
+def source_digest(folder: Path) -> str:
+    """Return a digest of the C sources below `folder`, the one that setup.py compiles in."""
+    digest = hashlib.sha256()
+    patterns = ("csrc/*.c", "csrc/*.h", "*/csrc/*_cpu.h")
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _file() -> Path | None:
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    return next((p for s in suffixes if (p := _FOLDER / f"_cpu{s}").exists()), None)
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """Return the library, or why there is none."""
+    path = _file()
+    if path is None:
+        return (
+            "its C code was not compiled (was there no C compiler at installation?); install gcc "
+            "or clang, then run `pip install --force-reinstall --no-deps` on this package, or "
+            "`python setup.py build_ext --inplace` in a checkout"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path.name} cannot be loaded ({error}); compile it again on this machine"
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(library, name, None)
+        if function is None:
+            return f"{path.name} has no function {name}; it is of another version, compile it again"
+        function.restype, function.argtypes = result, arguments
+    # A wheel has no sources to compare with.
+    if (_FOLDER / "csrc").is_dir():
+        compiled, now = library.vision_cpu_source().decode(), source_digest(_FOLDER)
+        if compiled != now:
+            return (
+                f"{path.name} was compiled from other sources ({compiled}, they are {now} now); "
+                "run `python setup.py build_ext --inplace`"
+            )
+    return library
+
+
+def probe(device: torch.device) -> str | None:
+    """Say why the compiled kernels cannot serve a device; None if they can."""
+    if device.type != "cpu":
+        return "it runs on the CPU only"
+    library = _load()
+    return library if isinstance(library, str) else None
+
+
+def library() -> ctypes.CDLL:
+    """Return the library.
+
+    Raises:
+        CpuKernelError: there is none, which `probe` tells beforehand.
+    """
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise CpuKernelError(loaded)
+    return loaded
+
+
+def instruction_set() -> str:
+    """Return the name of the instruction set in use: avx512, avx2 or generic."""
+    return str(library().vision_cpu_kind().decode())
+
+
+def use_instruction_set(name: str) -> None:
+    """Use another instruction set from now on, for tests and comparisons.
+
+    Raises:
+        ValueError: there is no such set, or this machine does not have it.
+    """
+    if library().vision_cpu_use(name.encode()):
+        raise ValueError(f"no instruction set {name!r} on this machine; 'generic' always works")
+
+
+def threads_for(elements: int) -> int:
+    """Return how many threads a call over so many elements should use."""
+    return max(1, min(torch.get_num_threads(), elements // _ELEMENTS_PER_THREAD))
+
+
+def common_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype to hand over: that of all tensors, float32 if they differ."""
+    dtypes = {x.dtype for x in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """Return the number by which cpu.h knows a dtype."""
+    return _DTYPES[dtype]
+
+
+def side_by_side(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x (B, T, C) in `dtype` with channels side by side, x itself if it is so already."""
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 and x.numel() > 1 else x.contiguous()
+
+
+def check(status: int, op: str) -> None:
+    """Raise if a function of the library did not return 0.
+
+    Raises:
+        CpuKernelError: there was no memory for its scratch space.
+    """
+    if status:
+        raise CpuKernelError(f"{op} found no memory for its scratch space; free some and try again")
+
+
+def sum_of_parts(parts: Tensor, like: Tensor) -> Tensor:
+    """Sum float64 partial gradients (parts, ...) into the shape and dtype of `like`."""
+    return parts.sum(0).reshape(like.shape).to(like.dtype)

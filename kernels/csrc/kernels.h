@@ -1,0 +1,24 @@
+/* All CPU kernels for one instruction set. The including file defines LANES and TABLE. */
+#include <stddef.h>
+
+#include "cpu.h"
+#include "vector.h"
+
+#include "../bi_wkv/csrc/bi_wkv_cpu.h"
+#include "../shift_mix/csrc/shift_mix_cpu.h"
+#include "../gate/csrc/gate_cpu.h"
+
+const kernels TABLE = {
+    .lanes = LANES,
+    .state_size = sizeof(segment_state),
+    .bi_wkv_summaries = bi_wkv_summaries,
+    .bi_wkv_carry = bi_wkv_carry,
+    .bi_wkv_outputs = bi_wkv_outputs,
+    .bi_wkv_grad_summaries = bi_wkv_grad_summaries,
+    .bi_wkv_grad_carry = bi_wkv_grad_carry,
+    .bi_wkv_grads = bi_wkv_grads,
+    .shift_mix = shift_mix,
+    .shift_mix_grads = shift_mix_grads,
+    .gate = gate,
+    .gate_grads = gate_grads,
+};

@@ -1,0 +1,234 @@
+"""Every backend that serves a GPU, against the definitions in float64 on that GPU."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from vision.kernels import bi_wkv, dispatch, gate, shift_mix, use_backend
+from vision.kernels.bi_wkv.reference import bi_wkv_definition
+from vision.kernels.gate.plain import gate_plain
+from vision.kernels.gate.reference import gate_definition
+from vision.kernels.shift_mix.plain import shift_mix_plain
+from vision.kernels.shift_mix.reference import shift_mix_definition
+from vision.kernels.testing import (
+    assert_close,
+    assert_no_worse_than_plain,
+    nan_filled_empty,
+    oracle,
+    value_and_grads,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+
+Make = Callable[..., tuple[dict[str, Tensor], Tensor]]
+BACKENDS = ("cuda", "triton", "torch")
+TOKENS = (1, 2, 31, 33, 49, 196, 197, 513, 1024)
+DECAYS = (-400.0, -80.0, "-5 /T", 0.0, "3 /T", 80.0, "80 /T", "-80 /T", 400.0, "mixed")
+KEYS, BONUSES = ("normal", "wide", "spike"), (0.0, 5.0, -5.0, "3 T", "-3 T")
+# Every decay meets every number of tokens; keys and bonuses take turns.
+MATRIX = [
+    (tokens, decay, KEYS[i % 3], BONUSES[i % 5])
+    for i, (tokens, decay) in enumerate(itertools.product(TOKENS, DECAYS))
+]
+TOLERANCE = {"y": 5e-6, "gw": 1e-5, "gu": 1e-5, "gk": 1e-5, "gv": 1e-5}
+SIZES = [(1, 1, 5), (3, 5, 24), (7, 3, 200), (14, 14, 192), (1, 50, 6), (40, 25, 130)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """A backend by name; skips where it cannot run."""
+    name: str = request.param
+    ops = [op for op in dispatch.operators().values() if name in op.backends]
+    if not ops:
+        pytest.skip(f"no operator has a backend {name!r}")
+    reason = ops[0].why_not(ops[0].backends[name], torch.device("cuda"), torch.float32)
+    if reason is not None:
+        pytest.skip(f"backend {name}: {reason}")
+    return name
+
+
+def floors(tokens: int) -> dict[str, float]:
+    """Say what a gradient is the rest of: terms of about 1, for w times a distance."""
+    return {"gw": float(tokens), "gu": 1.0, "gk": 1.0, "gv": 1.0}
+
+
+def named(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+    """Bind a backend to an operator."""
+    return lambda *x: function(*x, backend=backend)
+
+
+def softmax_form(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Bi-WKV as a softmax in the dtype of the inputs."""
+    position = torch.arange(k.shape[1], device=k.device)
+    gap = ((position[:, None] - position).abs() - 1)[:, :, None]
+    logits = torch.where(gap < 0, u, -gap * w) + k[:, None]
+    return torch.einsum("btic,bic->btc", logits.softmax(2), v)
+
+
+@pytest.mark.parametrize(("tokens", "decay", "keys", "bonus"), MATRIX)
+def test_bi_wkv_over_the_whole_range(
+    bi_wkv_inputs: Make,
+    backend: str,
+    tokens: int,
+    decay: float | str,
+    keys: str,
+    bonus: float | str,
+) -> None:
+    inputs, grad = bi_wkv_inputs(tokens, decay, keys, bonus, device="cuda")
+    with nan_filled_empty():
+        actual = value_and_grads(named(bi_wkv, backend), inputs, grad)
+    assert_close(actual, oracle(bi_wkv_definition, inputs, grad), TOLERANCE, floors(tokens))
+
+
+@pytest.mark.parametrize(("batch", "channels"), [(1, 24), (3, 200), (128, 192)])
+def test_bi_wkv_of_other_sizes(
+    bi_wkv_inputs: Make, backend: str, batch: int, channels: int
+) -> None:
+    size = {"batch": batch, "channels": channels, "device": "cuda"}
+    inputs, grad = bi_wkv_inputs(196, "-5 /T", **size)
+    actual = value_and_grads(named(bi_wkv, backend), inputs, grad)
+    expected = oracle(bi_wkv_definition, inputs, grad)
+    assert_close(actual, expected, TOLERANCE, floors(196))
+
+
+@pytest.mark.parametrize("decay", ["-5 /T", 0.0, "20 /T", -2.0, 80.0])
+def test_bi_wkv_of_many_tokens(bi_wkv_inputs: Make, backend: str, decay: float | str) -> None:
+    inputs, grad = bi_wkv_inputs(16384, decay, "wide", batch=1, channels=40, device="cuda")
+    actual = value_and_grads(named(bi_wkv, backend), inputs, grad)
+    expected = oracle(named(bi_wkv, "torch"), inputs, grad)
+    assert_close(actual, expected, TOLERANCE, floors(16384))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [2, 49, 196, 600])
+def test_bi_wkv_in_low_precision(
+    bi_wkv_inputs: Make, backend: str, tokens: int, dtype: torch.dtype
+) -> None:
+    size = {"batch": 4, "channels": 20, "device": "cuda"}
+    inputs, grad = bi_wkv_inputs(tokens, "-5 /T", dtype=dtype, **size)
+    assert_no_worse_than_plain(named(bi_wkv, backend), softmax_form, inputs, grad)
+
+
+def test_bi_wkv_of_any_strides(bi_wkv_inputs: Make, backend: str) -> None:
+    inputs, grad = bi_wkv_inputs(49, "3 /T", channels=33, device="cuda")
+    strided = {n: x.transpose(-1, 0).contiguous().transpose(-1, 0) for n, x in inputs.items()}
+    strided["w"] = inputs["w"].repeat_interleave(2)[::2]
+    actual = value_and_grads(named(bi_wkv, backend), strided, grad.mT.contiguous().mT)
+    assert_close(actual, oracle(bi_wkv_definition, inputs, grad), TOLERANCE, floors(49))
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(64, 196), (1, 16384)])
+def test_gradients_of_parameters_are_the_same_in_every_run(
+    bi_wkv_inputs: Make, backend: str, batch: int, tokens: int
+) -> None:
+    inputs, grad = bi_wkv_inputs(tokens, "3 /T", batch=batch, channels=192, device="cuda")
+    runs = [value_and_grads(named(bi_wkv, backend), inputs, grad) for _ in range(20)]
+    assert all(runs[0][n].equal(run[n]) for run in runs for n in runs[0])
+
+
+@pytest.mark.parametrize("tokens", [196, 1000])
+def test_every_tile_shape_of_triton(bi_wkv_inputs: Make, tokens: int) -> None:
+    triton_kernel = pytest.importorskip("vision.kernels.bi_wkv.triton_kernel")
+    inputs, grad = bi_wkv_inputs(tokens, "3 /T", channels=40, device="cuda")
+    expected = oracle(bi_wkv_definition, inputs, grad)
+    candidates = [
+        triton_kernel._candidates(default, tokens)
+        for default in (triton_kernel.FORWARD, triton_kernel.BACKWARD)
+    ]
+    for forward, backward in zip(*candidates, strict=True):
+        with nan_filled_empty():
+            y = triton_kernel.forward(**inputs, tiles=forward)
+            gw, gu, gk, gv = triton_kernel.backward(**inputs, y=y, gy=grad, tiles=backward)
+        actual = {"y": y, "gw": gw, "gu": gu, "gk": gk, "gv": gv}
+        assert_close(actual, expected, TOLERANCE, floors(tokens))
+
+
+def test_bi_wkv_of_more_elements_than_32_bits_count(backend: str) -> None:
+    batch, tokens, channels = 700, 4096, 768
+    need = 40 * batch * tokens * channels
+    if torch.cuda.mem_get_info()[0] < need:
+        pytest.skip(f"needs {need >> 30} GiB of free memory on the GPU")
+    k = torch.zeros(batch, tokens, channels, dtype=torch.bfloat16, device="cuda")
+    v = torch.zeros_like(k)
+    rng = torch.Generator("cuda").manual_seed(0)
+    k[-1].normal_(generator=rng)
+    v[-1].normal_(generator=rng)
+    w = torch.full((channels,), 1e-3, device="cuda")
+    y = bi_wkv(w, w, k, v, backend=backend)
+    torch.testing.assert_close(y[-1:], bi_wkv(w, w, k[-1:], v[-1:], backend="torch"))
+    assert y[:-1].count_nonzero() == 0
+
+
+@pytest.mark.parametrize(("height", "width", "channels"), SIZES)
+@pytest.mark.parametrize(("copies", "pixels"), [(1, 1), (3, 1), (8, 2), (2, 99)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shift_mix(
+    backend: str,
+    height: int,
+    width: int,
+    channels: int,
+    copies: int,
+    pixels: int,
+    dtype: torch.dtype,
+) -> None:
+    edges = [0, *(channels * i // 5 for i in range(1, 5))]
+    rng = torch.Generator("cuda").manual_seed(channels)
+    shape = (2, height * width, channels)
+    x = torch.randn(shape, generator=rng, device="cuda").to(dtype)
+    mu = torch.rand(copies, channels, generator=rng, device="cuda").to(dtype)
+    grad = torch.randn(copies, *shape, generator=rng, device="cuda").to(dtype)
+
+    def stacked(form: Callable[..., list[Tensor]], *more: object, **named: object) -> Callable:
+        return lambda x, mu: torch.stack(form(x, mu, *more, **named))
+
+    ours = stacked(shift_mix, (height, width), pixels=pixels, edges=edges, backend=backend)
+    settings = (height, width, pixels, edges)
+    inputs = {"x": x, "mu": mu}
+    if dtype == torch.float32:
+        with nan_filled_empty():
+            actual = value_and_grads(ours, inputs, grad)
+        assert_close(actual, oracle(stacked(shift_mix_definition, *settings), inputs, grad), 1e-6)
+    else:
+        assert_no_worse_than_plain(ours, stacked(shift_mix_plain, *settings), inputs, grad)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 196, 24), (2, 1025, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gate(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    rng = torch.Generator("cuda").manual_seed(len(shape))
+    r, y, grad = (torch.randn(shape, generator=rng, device="cuda").to(dtype) for _ in range(3))
+    inputs, ours = {"r": r * 20, "y": y}, named(gate, backend)
+    if dtype == torch.float32:
+        with nan_filled_empty():
+            actual = value_and_grads(ours, inputs, grad)
+        assert_close(actual, oracle(gate_definition, inputs, grad), 1e-6)
+    else:
+        assert_no_worse_than_plain(ours, gate_plain, inputs, grad)
+
+
+@pytest.mark.parametrize("tokens", [196, 1024])
+def test_a_cuda_graph_replays_the_kernels(bi_wkv_inputs: Make, backend: str, tokens: int) -> None:
+    if backend == "torch":
+        pytest.skip("the torch form asks the GPU for the range of w")
+    inputs, grad = bi_wkv_inputs(tokens, "3 /T", channels=64, device="cuda")
+    with use_backend(backend):
+        value_and_grads(bi_wkv, inputs, grad)  # compiles, and chooses the tiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = value_and_grads(bi_wkv, inputs, grad)
+        inputs["k"].neg_()
+        graph.replay()
+        expected = value_and_grads(bi_wkv, inputs, grad)
+    assert {n for n, x in expected.items() if not captured[n].equal(x)} == set()
+
+
+def test_the_device_of_the_tensors_is_used(bi_wkv_inputs: Make, backend: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    inputs, grad = bi_wkv_inputs(49, "3 /T", device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    actual = value_and_grads(named(bi_wkv, backend), inputs, grad)
+    assert_close(actual, oracle(bi_wkv_definition, inputs, grad), TOLERANCE, floors(49))

@@ -1,0 +1,178 @@
+"""Bi-WKV in Triton's interpreter; run by test_triton in a process of its own.
+
+By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/triton_interpreter_cases.py
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from vision.kernels import bi_wkv
+from vision.kernels.bi_wkv import triton_kernel
+from vision.kernels.bi_wkv.reference import bi_wkv_definition
+from vision.kernels.bi_wkv.triton_kernel import BACKWARD, FORWARD, Tiles
+from vision.kernels.testing import (
+    assert_close,
+    assert_no_worse_than_plain,
+    max_error,
+    nan_filled_empty,
+    oracle,
+    value_and_grads,
+)
+
+Make = Callable[..., tuple[dict[str, Tensor], Tensor]]
+TOLERANCE = {"y": 5e-6, "gw": 1e-5, "gu": 1e-5, "gk": 1e-5, "gv": 1e-5}
+
+
+def floors(tokens: int) -> dict[str, float]:
+    """Say what a gradient is the rest of: terms of about 1, for w times a distance."""
+    return {"gw": float(tokens), "gu": 1.0, "gk": 1.0, "gv": 1.0}
+
+
+def in_triton(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return bi_wkv(w, u, k, v, backend="triton")
+
+
+def plain(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Bi-WKV as a softmax in the dtype of the inputs."""
+    position = torch.arange(k.shape[1])
+    gap = ((position[:, None] - position).abs() - 1)[:, :, None]
+    logits = torch.where(gap < 0, u, -gap * w) + k[:, None]
+    return torch.einsum("btic,bic->btc", logits.softmax(2), v)
+
+
+def with_tiles(inputs: dict[str, Tensor], grad: Tensor, **changes: int | None) -> dict[str, Tensor]:
+    """Evaluate and differentiate with other tile shapes, in unwritten memory full of NaN."""
+    forward, backward = (replace(tiles, **changes) for tiles in (FORWARD, BACKWARD))
+    with nan_filled_empty():
+        y = triton_kernel.forward(**inputs, tiles=forward)
+        gw, gu, gk, gv = triton_kernel.backward(**inputs, y=y, gy=grad, tiles=backward)
+    return {"y": y, "gw": gw, "gu": gu, "gk": gk, "gv": gv}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "batch", "channels"),
+    [(1, 1, 5), (2, 3, 5), (31, 1, 5), (33, 3, 5), (49, 1, 24), (196, 1, 5)],
+)
+def test_through_the_operator(bi_wkv_inputs: Make, tokens: int, batch: int, channels: int) -> None:
+    inputs, grad = bi_wkv_inputs(tokens, "-5 /T", batch=batch, channels=channels)
+    with nan_filled_empty():
+        actual = value_and_grads(in_triton, inputs, grad)
+    assert_close(actual, oracle(bi_wkv_definition, inputs, grad), TOLERANCE, floors(tokens))
+
+
+def test_many_tokens_are_split_by_default(bi_wkv_inputs: Make) -> None:
+    inputs, grad = bi_wkv_inputs(520, "3 /T", batch=1)
+    chosen = triton_kernel._candidates(FORWARD, 520)[0]
+    assert chosen.length is not None
+    actual = with_tiles(inputs, grad, length=chosen.length)
+    assert_close(actual, oracle(bi_wkv_definition, inputs, grad), TOLERANCE, floors(520))
+
+
+@pytest.mark.parametrize(("segments", "length", "block_c"), [(2, 8, 32), (4, 8, 4), (16, None, 8)])
+@pytest.mark.parametrize("decay", ["3 /T", -7.0])
+def test_tile_shapes(
+    bi_wkv_inputs: Make, decay: float | str, segments: int, length: int | None, block_c: int
+) -> None:
+    inputs, grad = bi_wkv_inputs(41, decay, channels=7, batch=1)
+    actual = with_tiles(inputs, grad, segments=segments, length=length, block_c=block_c)
+    assert_close(actual, oracle(bi_wkv_definition, inputs, grad), TOLERANCE, floors(41))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "decay", "keys", "bonus"),
+    [
+        (33, 80.0, "wide", 0.0),
+        (33, -80.0, "wide", 5.0),
+        (33, 400.0, "wide", "3 T"),
+        (33, -400.0, "spike", "-3 T"),
+        (33, "mixed", "wide", 0.0),
+        (33, "80 /T", "wide", 0.0),
+        (33, "-80 /T", "spike", 0.0),
+        (33, "-20 /T", "wide", -5.0),
+        (196, -80.0, "wide", 0.0),
+    ],
+)
+def test_big_decays_keys_and_bonuses(
+    bi_wkv_inputs: Make, tokens: int, decay: float | str, keys: str, bonus: float | str
+) -> None:
+    inputs, grad = bi_wkv_inputs(tokens, decay, keys, bonus)
+    actual = with_tiles(inputs, grad)
+    assert_close(actual, oracle(bi_wkv_definition, inputs, grad), TOLERANCE, floors(tokens))
+
+
+@pytest.mark.parametrize("decay", [1000.0, -1000.0])
+def test_the_biggest_decay_stays_finite(bi_wkv_inputs: Make, decay: float) -> None:
+    inputs, grad = bi_wkv_inputs(33, decay, "wide", "3 T", batch=1)
+    actual = with_tiles(inputs, grad)
+    assert {n for n, x in actual.items() if not x.isfinite().all()} == set()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(bi_wkv_inputs: Make, dtype: torch.dtype) -> None:
+    inputs, grad = bi_wkv_inputs(49, "-5 /T", batch=3, channels=24, dtype=dtype)
+    assert_no_worse_than_plain(in_triton, plain, inputs, grad)
+
+
+def test_dtypes_of_autocast(bi_wkv_inputs: Make) -> None:
+    inputs, grad = bi_wkv_inputs(9, "3 /T")
+    inputs = {n: x if n in "wu" else x.bfloat16() for n, x in inputs.items()}
+    actual = value_and_grads(in_triton, inputs, grad.bfloat16())
+    assert {n: actual[f"g{n}"].dtype for n in inputs} == {n: x.dtype for n, x in inputs.items()}
+    tolerance = {"y": 2**-8, "gk": 2**-7, "gv": 2**-8, "gw": 1e-5, "gu": 1e-5}
+    assert_close(actual, oracle(bi_wkv_definition, inputs, grad.bfloat16()), tolerance)
+
+
+def test_several_programs_across_channels(bi_wkv_inputs: Make) -> None:
+    inputs, grad = bi_wkv_inputs(17, "3 /T", channels=200, batch=1)
+    actual = with_tiles(inputs, grad, block_c=64)
+    assert_close(actual, oracle(bi_wkv_definition, inputs, grad), TOLERANCE, floors(17))
+
+
+def test_strides_do_not_matter(bi_wkv_inputs: Make) -> None:
+    inputs, grad = bi_wkv_inputs(9, "3 /T")
+    strided = {n: x.transpose(-1, 0).contiguous().transpose(-1, 0) for n, x in inputs.items()}
+    strided["w"] = inputs["w"].repeat_interleave(2)[::2]
+    assert not any(strided[n].is_contiguous() for n in "wkv")
+    expected = with_tiles(inputs, grad, segments=2)
+    grad = grad.transpose(0, 1).contiguous().transpose(0, 1)
+    actual = with_tiles(strided, grad, segments=2)
+    assert {n for n, x in expected.items() if not actual[n].equal(x)} == set()
+
+
+def test_a_key_of_minus_infinity_masks_its_token(bi_wkv_inputs: Make) -> None:
+    for decay in ("3 /T", 90.0):
+        inputs, grad = bi_wkv_inputs(12, decay)
+        kept = {n: x[:, 2:-1] if n in "kv" else x for n, x in inputs.items()}
+        inputs["k"][:, :2] = inputs["k"][:, -1:] = -torch.inf
+        grad[:, :2] = grad[:, -1:] = 0
+        actual = with_tiles(inputs, grad, segments=2)
+        expected = oracle(bi_wkv_definition, kept, grad[:, 2:-1])
+        for name in ("y", "gk", "gv"):
+            assert max_error(actual[name][:, 2:-1], expected[name]) < 1e-5
+        assert (actual["gk"][:, :2] == 0).all()
+
+
+def test_nan_in_nan_out(bi_wkv_inputs: Make) -> None:
+    for name in "wukv":
+        inputs, _ = bi_wkv_inputs(9, "3 /T")
+        inputs[name].view(-1, 5)[0, 2] = float("nan")
+        y = triton_kernel.forward(**inputs, tiles=replace(FORWARD, segments=2))
+        batch = slice(None) if name in "wu" else 0
+        assert y[batch, :, 2].isnan().all()
+        assert y[:, :, :2].isfinite().all()
+
+
+def test_gradients_of_parameters_are_the_same_in_every_run(bi_wkv_inputs: Make) -> None:
+    inputs, grad = bi_wkv_inputs(9, "3 /T")
+    first, *others = (with_tiles(inputs, grad, length=8, segments=2) for _ in range(3))
+    assert all(first[n].equal(other[n]) for other in others for n in first)
+
+
+def test_too_large_an_item_is_refused() -> None:
+    w, k = torch.zeros(1 << 15), torch.zeros(1, 1, 1).expand(1, 1 << 15, 1 << 15)
+    with pytest.raises(ValueError, match=r"less than 2\^30 elements"):
+        triton_kernel.forward(w, w, k, k, tiles=Tiles(4, 2, 8, 32, 8))
