@@ -57,10 +57,13 @@ def stand_in(cfg: Config, root: Path) -> None:
         loader = cfg[f"{phase}_dataloader"]
         loader.num_workers = 0
         loader.batch_size = min(loader.batch_size, 2)
-        dataset = loader.dataset
+        holder = loader
+        while "dataset" in holder.dataset:  # a wrapper stays
+            holder = holder.dataset
+        dataset = holder.dataset
         if dataset.type in ("LabelledImages", "DigitClassification"):
             split = "train" if phase == "train" else "val"
-            loader.dataset = Config(
+            holder.dataset = Config(
                 {"type": "DigitClassification", "split": split, "size": SIDE // 2, "length": 2}
             )._cfg_dict
         elif dataset.type == "DigitSceneSegmentation":
@@ -87,7 +90,8 @@ def test_config_trains_a_step(path: Path, tmp_path: Path) -> None:
     cpu_safe_config(cfg)
     init_default_scope(cfg.default_scope)
     for phase in ("train", "val", "test"):
-        transform = cfg[f"{phase}_dataloader"].dataset.get("transform")
+        dataset = cfg[f"{phase}_dataloader"].dataset
+        transform = dataset.get("dataset", dataset).get("transform")
         if transform:  # the images themselves are replaced below
             image = np.zeros((50, 70, 3), np.uint8)
             inputs = ClassifierInputs(transform, phase == "train")

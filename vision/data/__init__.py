@@ -12,6 +12,7 @@ from vision.data.image_io import (
     read_mask,
 )
 from vision.data.instances import box_of_mask, interior_point
+from vision.data.label_noise import LabelNoise
 from vision.data.pictures import contact_sheet, draw_sample, overlay, palette
 from vision.data.transforms import AlbumentationsTransform, ClassificationTransform
 
@@ -22,6 +23,7 @@ __all__ = [
     "DigitScenes",
     "ImageReadError",
     "LabelError",
+    "LabelNoise",
     "box_of_mask",
     "check_labels",
     "contact_sheet",

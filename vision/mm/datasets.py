@@ -9,19 +9,29 @@ from mmengine.registry import DATASETS
 from mmseg.datasets import BaseSegDataset
 from torch.utils.data import Dataset
 
-from vision.data import ClassificationTransform, DigitScenes, create_classification_dataset
+from vision.data import (
+    AlbumentationsTransform,
+    ClassificationTransform,
+    DigitScenes,
+    LabelNoise,
+    create_classification_dataset,
+)
 
 
 class ClassifierInputs:
     """Transform a sample of vision.data to what `ImageClassifier` takes: uint8 image and label.
 
     Args:
-        options: keywords of `vision.data.ClassificationTransform` (input_size, auto_augment, ...);
-            None for the image as it is.
+        options: keywords of `vision.data.ClassificationTransform` (input_size, auto_augment, ...),
+            and `albumentations`, transforms of `vision.data.AlbumentationsTransform` that augment
+            before it; None for the image as it is.
         train: whether to augment.
     """
 
     def __init__(self, options: dict[str, Any] | None, train: bool) -> None:
+        options = dict(options or {})
+        steps = options.pop("albumentations", [])
+        self.augment = AlbumentationsTransform(steps) if steps and train else None
         # The model normalises: see ClassificationPreprocessor.
         self.transform = (
             ClassificationTransform(train, normalize=False, **options) if options else None
@@ -29,6 +39,8 @@ class ClassifierInputs:
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Sample with "image" (H, W, 3) and "label" to "inputs" (3, h, w) and "labels"."""
+        if self.augment is not None:
+            sample = self.augment(sample)
         if self.transform is None:
             inputs = torch.from_numpy(np.ascontiguousarray(sample["image"].transpose(2, 0, 1)))
         else:
@@ -95,6 +107,33 @@ class DigitClassification(_Labelled):
     def set_epoch(self, epoch: int) -> None:
         """Make the scenes of another epoch."""
         self.samples.set_epoch(epoch)
+
+
+@DATASETS.register_module()
+class NoisyLabels(Dataset):
+    """A classification data set with a share of wrong labels, for training; see `LabelNoise`.
+
+    Args:
+        dataset: config of the data set.
+        level: probability that a label is wrong.
+        seed: of the choice of the wrong labels.
+    """
+
+    def __init__(self, dataset: dict[str, Any], level: float, seed: int = 0) -> None:
+        self.dataset = DATASETS.build(dataset)
+        classes = len(self.dataset.metainfo["classes"])
+        self.samples = LabelNoise(self.dataset, level, classes, seed, key="labels")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.samples[index]
+
+    @property
+    def metainfo(self) -> dict[str, Any]:
+        """Class names, kept in the checkpoints."""
+        return self.dataset.metainfo
 
 
 @DATASETS.register_module()

@@ -1,5 +1,6 @@
 """Model families; importing this package registers their timm entry points."""
 
+from .ran import ResidualAttentionNet
 from .vrwkv import VisionRWKV
 
-__all__ = ["VisionRWKV"]
+__all__ = ["ResidualAttentionNet", "VisionRWKV"]
