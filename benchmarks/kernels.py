@@ -33,6 +33,7 @@ from benchmarks.measure import (
     Report,
     Timer,
     environment,
+    keep_freed_memory,
     read_rows,
     side_by_side,
     threads,
@@ -278,4 +279,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

@@ -36,6 +36,8 @@ _SAMPLE_MS = 2.0
 _MOST_SAMPLES = 101
 # Below this the host's launches hide what a GPU kernel takes.
 _GRAPH_BELOW_MS = 0.1
+# Options of glibc's mallopt.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _PACKAGES = ("triton", "timm", "mmengine")
 
 
@@ -104,6 +106,19 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def keep_freed_memory() -> None:
+    """Let the GNU allocator keep what is freed, as it does in a process that has run for a while.
+
+    Else a call that frees more than it needs again at once pays for fresh pages every time, which
+    on a virtual machine can cost ten times the arithmetic, and competitors pay by chance.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        allocator = ctypes.CDLL(None)
+        for option, value in ((_TRIM_THRESHOLD, -1), (_MMAP_MAX, 0)):
+            if not allocator.mallopt(option, value):
+                raise RuntimeError(f"mallopt({option}, {value}) was refused")
 
 
 # --- time ----------------------------------------------------------------------------------------

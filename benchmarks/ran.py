@@ -25,6 +25,7 @@ from benchmarks.measure import (
     Report,
     Row,
     environment,
+    keep_freed_memory,
     markdown_table,
     side_by_side,
     threads,
@@ -125,4 +126,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

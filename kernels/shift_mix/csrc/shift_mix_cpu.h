@@ -44,59 +44,98 @@ INLINE int64_t group_end(const shift_mix_call *call, int g) {
     return g == 4 ? call->channels : call->edges[g + 1];
 }
 
-INLINE void mix_row(int dtype, const shift_mix_call *call, int64_t item, int64_t y) {
-    for (int64_t x = 0; x < call->width; x++) {
-        int64_t t = y * call->width + x;
-        int64_t from = item * call->x.batch + t * call->x.token;
-        int64_t to = (item * call->height * call->width + t) * call->channels;
-        for (int g = 0; g < GROUPS; g++) {
-            int64_t step = way(call, g, y, x, 1) * call->x.token;
-            int alone = g < 4 && step == 0;
-            FOR_VECTORS(call->edges[g], group_end(call, g), c, count) {
-                vf own = load_some(call->x.data, from + c, count, dtype);
-                vf other = alone ? all(0) : load_some(call->x.data, from + step + c, count, dtype);
-                for (int n = 0; n < call->count; n++) {
-                    vf mu = load_some(call->mu, n * call->channels + c, count, FLOAT32);
-                    store_some(call->mixed[n], to + c, count, other + (own - other) * mu, dtype);
-                }
-            }
+/* One group of one token. `count` is a constant where this is inlined, so that all proportions are
+   computed from one load; `other` is null for a token without a neighbour. */
+INLINE void mix_group(int dtype, int count, const void *own, const void *other, const float *mu,
+                      int64_t channels, void *const *mixed, int64_t to, int64_t first,
+                      int64_t end) {
+    FOR_VECTORS(first, end, c, size) {
+        vf x = load_some(own, c, size, dtype);
+        vf s = other ? load_some(other, c, size, dtype) : all(0);
+        for (int n = 0; n < count; n++) {
+            vf share = load_some(mu, n * channels + c, size, FLOAT32);
+            store_some(mixed[n], to + c, size, s + (x - s) * share, dtype);
         }
     }
+}
+
+INLINE void mix_row(int dtype, int count, const shift_mix_call *call, int64_t item, int64_t y) {
+    void *mixed[MOST_MIXED]; /* a copy, which no store can be taken to change */
+    memcpy(mixed, call->mixed, count * sizeof *mixed);
+    int64_t channels = call->channels, token = call->x.token;
+    int64_t t = y * call->width, from = item * call->x.batch + t * token;
+    int64_t to = (item * call->height * call->width + t) * channels;
+    for (int64_t x = 0; x < call->width; x++, from += token, to += channels)
+        for (int g = 0; g < GROUPS; g++) {
+            int64_t step = way(call, g, y, x, 1) * token;
+            const void *own = at(call->x.data, from, dtype);
+            const void *other = g == 4 || step ? at(own, step, dtype) : NULL;
+            mix_group(dtype, count, own, other, call->mu, channels, mixed, to, call->edges[g],
+                      group_end(call, g));
+        }
+}
+
+/* The models mix two or three. */
+#define FOR_COUNT(count, dtype, function, ...)                                              \
+    do {                                                                                    \
+        if ((count) == 2) function(dtype, 2, __VA_ARGS__);                                  \
+        else if ((count) == 3) function(dtype, 3, __VA_ARGS__);                             \
+        else function(dtype, count, __VA_ARGS__);                                           \
+    } while (0)
+
+INLINE void mix_rows(int dtype, const shift_mix_call *call, int64_t item, int64_t first,
+                     int64_t end) {
+    for (int64_t y = first; y < end; y++) FOR_COUNT(call->count, dtype, mix_row, call, item, y);
 }
 
 static void shift_mix(const shift_mix_call *call, int64_t item, int64_t first, int64_t end) {
-    for (int64_t y = first; y < end; y++) FOR_DTYPE(call->dtype, mix_row, call, item, y);
+    FOR_DTYPE(call->dtype, mix_rows, call, item, first, end);
 }
 
-INLINE void mix_row_grads(int dtype, const shift_mix_call *call, int64_t item, int64_t y,
-                          float *gmu) {
-    int64_t tokens = call->height * call->width;
-    for (int64_t x = 0; x < call->width; x++) {
-        int64_t t = y * call->width + x;
-        int64_t from = item * call->x.batch + t * call->x.token;
-        int64_t to = (item * tokens + t) * call->channels;
-        for (int g = 0; g < GROUPS; g++) {
-            int64_t step = way(call, g, y, x, 1) * call->x.token;
-            int64_t taker = way(call, g, y, x, -1) * call->channels;
-            int alone = g < 4 && step == 0, taken = g == 4 || taker != 0;
-            FOR_VECTORS(call->edges[g], group_end(call, g), c, count) {
-                vf own = load_some(call->x.data, from + c, count, dtype);
-                vf other = alone ? all(0) : load_some(call->x.data, from + step + c, count, dtype);
-                vf gx = all(0);
-                for (int n = 0; n < call->count; n++) {
-                    int64_t at_mu = n * call->channels + c;
-                    vf mu = load_some(call->mu, at_mu, count, FLOAT32);
-                    vf grad = load_some(call->mixed[n], to + c, count, dtype);
-                    gx += mu * grad;
-                    if (taken)
-                        gx += (1 - mu) * load_some(call->mixed[n], to + taker + c, count, dtype);
-                    vf sum = load_some(gmu, at_mu, count, FLOAT32) + grad * (own - other);
-                    store_some(gmu, at_mu, count, sum, FLOAT32);
-                }
-                store_some(call->gx.data, to + c, count, gx, dtype);
-            }
+/* One group of one token: `other` as above, `taker` how far the token is that takes this one. */
+INLINE void mix_group_grads(int dtype, int count, const void *own, const void *other,
+                            const float *mu, int64_t channels, void *const *grads, void *gx,
+                            float *gmu, int64_t to, int64_t taker, int64_t first, int64_t end) {
+    FOR_VECTORS(first, end, c, size) {
+        vf difference = load_some(own, c, size, dtype);
+        if (other) difference -= load_some(other, c, size, dtype);
+        vf sum = all(0);
+        for (int n = 0; n < count; n++) {
+            int64_t place = n * channels + c;
+            vf share = load_some(mu, place, size, FLOAT32);
+            vf grad = load_some(grads[n], to + c, size, dtype);
+            sum += share * grad;
+            if (taker >= 0)
+                sum += (1 - share) * load_some(grads[n], taker + c, size, dtype);
+            vf old = load_some(gmu, place, size, FLOAT32);
+            store_some(gmu, place, size, old + grad * difference, FLOAT32);
         }
+        store_some(gx, to + c, size, sum, dtype);
     }
+}
+
+INLINE void mix_row_grads(int dtype, int count, const shift_mix_call *call, int64_t item,
+                          int64_t y, float *gmu) {
+    void *grads[MOST_MIXED];
+    memcpy(grads, call->mixed, count * sizeof *grads);
+    int64_t channels = call->channels, token = call->x.token;
+    int64_t t = y * call->width, from = item * call->x.batch + t * token;
+    int64_t to = (item * call->height * call->width + t) * channels;
+    for (int64_t x = 0; x < call->width; x++, from += token, to += channels)
+        for (int g = 0; g < GROUPS; g++) {
+            int64_t step = way(call, g, y, x, 1) * token;
+            int64_t back = way(call, g, y, x, -1) * channels;
+            const void *own = at(call->x.data, from, dtype);
+            const void *other = g == 4 || step ? at(own, step, dtype) : NULL;
+            mix_group_grads(dtype, count, own, other, call->mu, channels, grads, call->gx.data,
+                            gmu, to, g == 4 || back ? to + back : -1, call->edges[g],
+                            group_end(call, g));
+        }
+}
+
+INLINE void add_row_grads(int dtype, const shift_mix_call *call, int64_t item, int64_t y,
+                          float *row_gmu) {
+    FOR_COUNT(call->count, dtype, mix_row_grads, call, item, y, row_gmu);
 }
 
 /* Adds to gmu, (count, channels); `row_gmu` is room for as many floats. */
@@ -105,7 +144,7 @@ static void shift_mix_grads(const shift_mix_call *call, int64_t item, int64_t fi
     int64_t size = call->count * call->channels;
     for (int64_t y = first; y < end; y++) {
         memset(row_gmu, 0, size * sizeof(float));
-        FOR_DTYPE(call->dtype, mix_row_grads, call, item, y, row_gmu);
+        FOR_DTYPE(call->dtype, add_row_grads, call, item, y, row_gmu);
         for (int64_t i = 0; i < size; i++) gmu[i] += row_gmu[i];
     }
 }

@@ -1,10 +1,10 @@
 """timm's ViT of the same width, depth and patch as VRWKV-nano, in the same config, to compare.
 
-    python tools/train.py configs/vit/vit-nano_segformer_1xb4-40e_camvid-180x240.py \
+    python tools/train.py configs/vit/vit-nano_fcn_1xb2-46e_camvid-180x240.py \
         --cfg-options data_root=/path/to/camvid
 """
 
-_base_ = "../vrwkv/vrwkv-nano_segformer_1xb4-40e_camvid-180x240.py"
+_base_ = "../vrwkv/vrwkv-nano_fcn_1xb2-46e_camvid-180x240.py"
 model = dict(
     backbone=dict(
         _delete_=True,
@@ -17,6 +17,6 @@ model = dict(
         img_size=(184, 240),
         dynamic_img_size=True,
         dynamic_img_pad=True,
-        out_indices=(1, 3, 4, 5),
+        out_indices=(5,),
     )
 )

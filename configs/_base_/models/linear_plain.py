@@ -1,0 +1,34 @@
+"""A linear classifier of the last map of a plain backbone, the cheapest head: all time goes into
+the backbone, which suits a CPU.
+
+A config sets the backbone, its width and the classes.
+"""
+
+model = dict(
+    type="EncoderDecoder",
+    data_preprocessor=dict(
+        type="SegDataPreProcessor",
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=False,
+        pad_val=0,
+        seg_pad_val=255,
+        size_divisor=8,
+    ),
+    backbone=dict(type="ZooBackbone", model_name="???", out_indices=(5,)),
+    decode_head=dict(
+        type="FCNHead",
+        in_channels=96,
+        in_index=0,
+        channels=96,
+        num_convs=0,
+        concat_input=False,
+        dropout_ratio=0.0,
+        num_classes=11,
+        align_corners=False,
+        loss_decode=dict(type="PixelCrossEntropy"),
+    ),
+    train_cfg=dict(),
+    test_cfg=dict(mode="whole"),
+)
+tta_model = dict(type="SegTTAModel")
