@@ -89,6 +89,25 @@ INLINE vf weight_again(column parked, column k, int64_t i, vi largest, int parks
 
 /* --- forward ------------------------------------------------------------------------------- */
 
+/* The sums of a segment so far, `power` being e^{-w} to the number of its tokens so far. */
+typedef struct {
+    sums left, right;
+    vf power;
+} summary;
+
+INLINE summary no_summary(vi exponent) {
+    sums none = {exponent, all(0), all(0)};
+    return (summary){none, none, all(1)};
+}
+
+INLINE void add_token(summary *of, vf numerator, vf denominator, vf decay) {
+    of->left.numerator = of->left.numerator * decay + numerator;
+    of->left.denominator = of->left.denominator * decay + denominator;
+    of->right.numerator += numerator * of->power;
+    of->right.denominator += denominator * of->power;
+    of->power *= decay;
+}
+
 INLINE void summarise(int dtype, const bi_wkv_call *call, const bi_wkv_task *task, int64_t c,
                       int64_t begin, int64_t end, segment_state *state) {
     column parked = column_of(&call->parked, task, c, begin, dtype);
@@ -100,21 +119,16 @@ INLINE void summarise(int dtype, const bi_wkv_call *call, const bi_wkv_task *tas
     vi largest;
     split_exp(top, &largest);
 
-    vf decay = load_float(call->of.decay + c), power = all(1);
-    sums left = {largest, all(0), all(0)}, right = left;
+    vf decay = load_float(call->of.decay + c);
+    summary sum = no_summary(largest);
     for (int64_t i = 0; i < count; i++) {
         vf e = weight(take(k, i, dtype), largest);
         if (parks(dtype, call)) put(parked, i, e, dtype);
-        vf ev = e * take_ahead(v, i, dtype);
-        left.numerator = left.numerator * decay + ev;
-        left.denominator = left.denominator * decay + e;
-        right.numerator += ev * power;
-        right.denominator += e * power;
-        power *= decay;
+        add_token(&sum, e * take_ahead(v, i, dtype), e, decay);
     }
     state->exponent = largest;
-    state->left = left;
-    state->right = right;
+    state->left = sum.left;
+    state->right = sum.right;
 }
 
 INLINE void all_summaries(int dtype, const bi_wkv_call *call, const bi_wkv_task *task) {
@@ -252,12 +266,10 @@ static void bi_wkv_outputs(const bi_wkv_call *call, const bi_wkv_task *task) {
 
 /* --- backward ------------------------------------------------------------------------------ */
 
-/* What the backward pass needs of every token of a segment: e^k, v, the sums over the tokens before
-   and after it on the scales of `entry`, gradients of numerator and denominator times
-   2^-entry.exponent. */
+/* What the backward pass needs of every token of a segment: e^k, v, the sums over the tokens after
+   it, gradients of numerator and denominator times 2^-entry.exponent. */
 typedef struct {
     vf e[MOST_TOKENS], v[MOST_TOKENS];
-    vf before_numerator[MOST_TOKENS], before_denominator[MOST_TOKENS];
     vf after_numerator[MOST_TOKENS], after_denominator[MOST_TOKENS];
     vf grad_numerator[MOST_TOKENS], grad_denominator[MOST_TOKENS];
 } segment_tokens;
@@ -285,8 +297,6 @@ INLINE entry recompute(int dtype, const bi_wkv_call *call, const bi_wkv_task *ta
     numerator = in.left_numerator, denominator = in.left_denominator;
     for (int64_t i = 0; i < count; i++) {
         vf e = of->e[i], ev = e * of->v[i];
-        of->before_numerator[i] = numerator;
-        of->before_denominator[i] = denominator;
         vf inverse = 1 / (denominator * in.from_left + of->after_denominator[i] * in.from_right +
                           e * in.bonus);
         vf y = (numerator * in.from_left + of->after_numerator[i] * in.from_right +
@@ -300,10 +310,9 @@ INLINE entry recompute(int dtype, const bi_wkv_call *call, const bi_wkv_task *ta
     return in;
 }
 
-/* Fill in the gradients of numerator and denominator only, and park the former in gv. */
-INLINE entry park_grads(int dtype, const bi_wkv_call *call, const bi_wkv_task *task, int64_t c,
-                        int64_t begin, int64_t end, const segment_state *state,
-                        segment_tokens *of) {
+/* The sums of the gradients of numerator and denominator; the former are parked in gv. */
+INLINE summary park_grads(int dtype, const bi_wkv_call *call, const bi_wkv_task *task, int64_t c,
+                          int64_t begin, int64_t end, const segment_state *state) {
     column parked = column_of(&call->parked, task, c, begin, dtype);
     column y = column_of(&call->y, task, c, begin, dtype);
     column gy = column_of(&call->gy, task, c, begin, dtype);
@@ -311,77 +320,45 @@ INLINE entry park_grads(int dtype, const bi_wkv_call *call, const bi_wkv_task *t
     int64_t count = end - begin;
     vf decay = load_float(call->of.decay + c);
     entry in = enter_segment(call, c, state->exponent, &state->left, &state->right);
+    vf e[MOST_TOKENS], after[MOST_TOKENS];
     vf token = power_of_two(state->exponent - in.exponent);
     vf denominator = in.right_denominator * in.from_right;
     for (int64_t i = count - 1; i >= 0; i--) {
-        of->e[i] = take_ahead(parked, i, dtype);
-        of->after_denominator[i] = denominator;
-        denominator = denominator * decay + of->e[i] * token;
+        e[i] = take_ahead(parked, i, dtype);
+        after[i] = denominator + e[i] * in.bonus;
+        denominator = denominator * decay + e[i] * token;
     }
     denominator = in.left_denominator * in.from_left;
+    summary sum = no_summary(-in.exponent);
     for (int64_t i = 0; i < count; i++) {
-        vf e = of->e[i];
-        vf g = take_ahead(gy, i, dtype) /
-               (denominator + of->after_denominator[i] + e * in.bonus);
+        vf g = take_ahead(gy, i, dtype) / (denominator + after[i]);
         put(gv, i, g, dtype);
-        of->grad_numerator[i] = g;
-        of->grad_denominator[i] = -g * take_ahead(y, i, dtype);
-        denominator = denominator * decay + e * token;
+        add_token(&sum, g, -g * take_ahead(y, i, dtype), decay);
+        denominator = denominator * decay + e[i] * token;
     }
-    return in;
+    return sum;
 }
 
-/* Fill in everything from what `park_grads` has left. */
-INLINE entry unpark_grads(int dtype, const bi_wkv_call *call, const bi_wkv_task *task, int64_t c,
-                          int64_t begin, int64_t end, const segment_state *state,
-                          segment_tokens *of) {
-    column parked = column_of(&call->parked, task, c, begin, dtype);
-    column v = column_of(&call->v, task, c, begin, dtype);
-    column y = column_of(&call->y, task, c, begin, dtype);
-    column gv = column_of(&call->gv, task, c, begin, dtype);
-    int64_t count = end - begin;
+/* The same where nothing is parked. */
+INLINE summary summarise_recomputed(int dtype, const bi_wkv_call *call, const bi_wkv_task *task,
+                                    int64_t c, int64_t begin, int64_t end,
+                                    const segment_state *state) {
+    segment_tokens of;
+    entry in = recompute(dtype, call, task, c, begin, end, state, &of);
     vf decay = load_float(call->of.decay + c);
-    entry in = enter_segment(call, c, state->exponent, &state->left, &state->right);
-    vf numerator = in.right_numerator, denominator = in.right_denominator;
-    for (int64_t i = count - 1; i >= 0; i--) {
-        vf e = take_ahead(parked, i, dtype);
-        vf ev = e * (of->v[i] = take_ahead(v, i, dtype));
-        of->e[i] = e;
-        of->after_numerator[i] = numerator;
-        of->after_denominator[i] = denominator;
-        numerator = numerator * decay + ev * in.token_right;
-        denominator = denominator * decay + e * in.token_right;
-    }
-    numerator = in.left_numerator, denominator = in.left_denominator;
-    for (int64_t i = 0; i < count; i++) {
-        vf e = of->e[i], g = take_ahead(gv, i, dtype);
-        of->before_numerator[i] = numerator;
-        of->before_denominator[i] = denominator;
-        of->grad_numerator[i] = g;
-        of->grad_denominator[i] = -g * take_ahead(y, i, dtype);
-        numerator = numerator * decay + e * of->v[i] * in.token_left;
-        denominator = denominator * decay + e * in.token_left;
-    }
-    return in;
+    summary sum = no_summary(-in.exponent);
+    for (int64_t i = 0; i < end - begin; i++)
+        add_token(&sum, of.grad_numerator[i], of.grad_denominator[i], decay);
+    return sum;
 }
 
 INLINE void summarise_grads(int dtype, const bi_wkv_call *call, const bi_wkv_task *task, int64_t c,
                             int64_t begin, int64_t end, segment_state *state) {
-    segment_tokens of;
-    entry in = parks(dtype, call)
-                   ? park_grads(dtype, call, task, c, begin, end, state, &of)
-                   : recompute(dtype, call, task, c, begin, end, state, &of);
-    vf decay = load_float(call->of.decay + c), power = all(1);
-    sums left = {-in.exponent, all(0), all(0)}, right = left;
-    for (int64_t i = 0; i < end - begin; i++) {
-        left.numerator = left.numerator * decay + of.grad_numerator[i];
-        left.denominator = left.denominator * decay + of.grad_denominator[i];
-        right.numerator += of.grad_numerator[i] * power;
-        right.denominator += of.grad_denominator[i] * power;
-        power *= decay;
-    }
-    state->grad_left = left;
-    state->grad_right = right;
+    summary sum = parks(dtype, call)
+                      ? park_grads(dtype, call, task, c, begin, end, state)
+                      : summarise_recomputed(dtype, call, task, c, begin, end, state);
+    state->grad_left = sum.left;
+    state->grad_right = sum.right;
 }
 
 INLINE void all_grad_summaries(int dtype, const bi_wkv_call *call, const bi_wkv_task *task) {
@@ -414,44 +391,64 @@ INLINE void grad_segment(int dtype, const bi_wkv_call *call, const bi_wkv_task *
                          int64_t begin, int64_t end, const segment_state *state, double *gw,
                          double *gu) {
     segment_tokens of;
+    column parked = column_of(&call->parked, task, c, begin, dtype);
+    column v = column_of(&call->v, task, c, begin, dtype);
+    column y = column_of(&call->y, task, c, begin, dtype);
     column gk = column_of(&call->gk, task, c, begin, dtype);
     column gv = column_of(&call->gv, task, c, begin, dtype);
     int64_t count = end - begin;
     vf decay = load_float(call->of.decay + c);
     entry in = parks(dtype, call)
-                   ? unpark_grads(dtype, call, task, c, begin, end, state, &of)
+                   ? enter_segment(call, c, state->exponent, &state->left, &state->right)
                    : recompute(dtype, call, task, c, begin, end, state, &of);
     entry grad = enter_segment(call, c, -in.exponent, &state->grad_left, &state->grad_right);
 
-    vf numerator = grad.left_numerator, denominator = grad.left_denominator;
-    vf before_numerator[MOST_TOKENS], before_denominator[MOST_TOKENS], decays = all(0);
+    vf grad_after_n[MOST_TOKENS], grad_after_d[MOST_TOKENS];
+    vf n = in.right_numerator, d = in.right_denominator;
+    vf grad_n = grad.right_numerator, grad_d = grad.right_denominator;
+    for (int64_t i = count - 1; i >= 0; i--) {
+        if (parks(dtype, call)) {
+            of.e[i] = take_ahead(parked, i, dtype);
+            of.v[i] = take_ahead(v, i, dtype);
+            of.grad_numerator[i] = take_ahead(gv, i, dtype);
+            of.grad_denominator[i] = -of.grad_numerator[i] * take_ahead(y, i, dtype);
+        }
+        of.after_numerator[i] = n;
+        of.after_denominator[i] = d;
+        grad_after_n[i] = grad_n;
+        grad_after_d[i] = grad_d;
+        vf x = of.e[i] * in.token_right;
+        n = n * decay + x * of.v[i];
+        d = d * decay + x;
+        grad_n = grad_n * decay + of.grad_numerator[i] * grad.token_right;
+        grad_d = grad_d * decay + of.grad_denominator[i] * grad.token_right;
+    }
+
+    /* e^k = e 2^exponent of the segment. */
+    vf scale = power_of_two(state->exponent + grad.exponent);
+    vf bonuses = all(0), left_decays = all(0), right_decays = all(0);
+    n = in.left_numerator, d = in.left_denominator;
+    grad_n = grad.left_numerator, grad_d = grad.left_denominator;
     for (int64_t i = 0; i < count; i++) {
-        vf gn = of.grad_numerator[i], gd = of.grad_denominator[i];
-        before_numerator[i] = numerator * grad.from_left + gn * grad.bonus;
-        before_denominator[i] = denominator * grad.from_left + gd * grad.bonus;
-        decays += of.after_numerator[i] * numerator + of.after_denominator[i] * denominator;
-        numerator = numerator * decay + gn * grad.token_left;
-        denominator = denominator * decay + gd * grad.token_left;
+        vf gn = of.grad_numerator[i], gd = of.grad_denominator[i], e = of.e[i];
+        vf total_n = grad_n * grad.from_left + grad_after_n[i] * grad.from_right + gn * grad.bonus;
+        vf total_d = grad_d * grad.from_left + grad_after_d[i] * grad.from_right + gd * grad.bonus;
+        vf weight = e * scale;
+        put(gv, i, total_n * weight, dtype);
+        put(gk, i, (total_d + total_n * of.v[i]) * weight, dtype);
+        left_decays += n * grad_after_n[i] + d * grad_after_d[i];
+        right_decays += of.after_numerator[i] * grad_n + of.after_denominator[i] * grad_d;
+        bonuses += e * (of.v[i] * gn + gd);
+        vf x = e * in.token_left;
+        n = n * decay + x * of.v[i];
+        d = d * decay + x;
+        grad_n = grad_n * decay + gn * grad.token_left;
+        grad_d = grad_d * decay + gd * grad.token_left;
     }
     vf step = -load_float(call->of.step_m + c);
     vi step_n = load_int(call->of.step_n + c);
-    accumulate(gw, decays, step, in.right_exponent + grad.left_exponent + step_n);
-
-    /* e^k = e 2^exponent of the segment. */
-    vf scale = power_of_two(state->exponent + grad.exponent), bonuses = all(0);
-    numerator = grad.right_numerator, denominator = grad.right_denominator, decays = all(0);
-    for (int64_t i = count - 1; i >= 0; i--) {
-        vf gn = of.grad_numerator[i], gd = of.grad_denominator[i], e = of.e[i], v = of.v[i];
-        vf grad_v = before_numerator[i] + numerator * grad.from_right;
-        vf grad_k = before_denominator[i] + denominator * grad.from_right + grad_v * v;
-        put(gv, i, grad_v * e * scale, dtype);
-        put(gk, i, grad_k * e * scale, dtype);
-        decays += of.before_numerator[i] * numerator + of.before_denominator[i] * denominator;
-        bonuses += e * (v * gn + gd);
-        numerator = numerator * decay + gn * grad.token_right;
-        denominator = denominator * decay + gd * grad.token_right;
-    }
-    accumulate(gw, decays, step, in.left_exponent + grad.right_exponent + step_n);
+    accumulate(gw, left_decays, step, in.left_exponent + grad.right_exponent + step_n);
+    accumulate(gw, right_decays, step, in.right_exponent + grad.left_exponent + step_n);
     accumulate(gu, bonuses, in.bonus, all_int(0));
 }
 
