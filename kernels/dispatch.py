@@ -99,6 +99,8 @@ class Operator:
         self.backends = {backend.name: backend for backend in backends}
         self.order = {device: tuple(names) for device, names in order.items()}
         self._reasons: dict[tuple[str, str], str | None] = {}
+        # What served under a scope of `use_backend`, by everything else that chooses.
+        self._served: tuple[dict[str, str] | None, dict[Any, Backend]] = (None, {})
         missing = {n for names in self.order.values() for n in names} - set(self.backends)
         if missing or _EVERY_OPERATOR not in self.order:
             raise ValueError(
@@ -107,6 +109,21 @@ class Operator:
                 f"unknown names {sorted(missing)}"
             )
         _operators[name] = self
+
+    def serving(self, argument: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
+        """Return what `resolve(requested(argument), device, dtype)` does, remembered.
+
+        Small operators take no longer than the choice of their backend.
+        """
+        scope, served = self._served
+        if scope is not _scope:
+            served = {}
+            self._served = (_scope, served)
+        key = (argument, os.environ.get(ENVIRONMENT_VARIABLE), device, dtype)
+        found = served.get(key)
+        if found is None or self.backends[found.name] is not found:
+            found = served[key] = self.resolve(self.requested(argument), device, dtype)
+        return found
 
     def requested(self, argument: str | None = None) -> str:
         """Return the name that argument, `use_backend` or environment ask for, else `AUTO`.

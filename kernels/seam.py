@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .dispatch import Backend
@@ -39,6 +40,8 @@ def check_tensors(op: str, tensors: Mapping[str, Tensor]) -> None:
                 f"{op} needs {name} in float32, float64, bfloat16 or float16, got {x.dtype}; "
                 f"convert it, for example with {name}.float()"
             )
+    if len({x.device for x in tensors.values()}) == 1:
+        return
     *_, last = tensors
     device = tensors[last].device
     for name, x in tensors.items():
@@ -93,8 +96,14 @@ class Seam:
         Returns:
             The output, contiguous; a list if there are several.
         """
-        output = _Eager.apply(self, serving, settings, *tensors)
-        return list(output) if self.several else output
+        if _needs_graph(tensors):
+            output = _Eager.apply(self, serving, settings, *tensors)
+            return list(output) if self.several else output
+        return self.contiguous(serving.forward(*tensors, *settings))
+
+    def contiguous(self, output: Any) -> Any:
+        """Return the output of a backend with its elements side by side."""
+        return [y.contiguous() for y in output] if self.several else output.contiguous()
 
     def refuse(self, ctx: Any, *grads: Any) -> NoReturn:
         """Be the backward function of the backward operator.
@@ -108,19 +117,22 @@ class Seam:
         )
 
 
+def _needs_graph(tensors: Sequence[Tensor]) -> bool:
+    """Say whether derivatives may be asked for, also in forward mode, which is then refused."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, seam: Seam, serving: Backend, settings: Sequence[Any], *tensors: Tensor
     ) -> Any:
         ctx.call = seam, serving, settings
-        output = serving.forward(*tensors, *settings)
-        if seam.several:
-            ctx.save_for_backward(*tensors)
-            return tuple(one.contiguous() for one in output)
-        output = output.contiguous()
+        output = seam.contiguous(serving.forward(*tensors, *settings))
         ctx.save_for_backward(*tensors, *[output] * seam.saves_output)
-        return output
+        return tuple(output) if seam.several else output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -64,12 +64,13 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, backend: str | None = 
         BackendUnavailableError: the backend that was asked for cannot run here.
     """
     _check(w, u, k, v)
+    if is_eager(w, u, k, v):
+        serving = OPERATOR.serving(backend, k.device, compute_dtype(w, u, k, v))
+        if serving.name != "export":
+            return _SEAM.apply(serving, (w, u, k, v))
     name = OPERATOR.requested(backend)
     if name == "export" or torch.onnx.is_in_onnx_export():
         return export.bi_wkv_cumsum(w, u, k, v)
-    if is_eager(w, u, k, v):
-        serving = OPERATOR.resolve(name, k.device, compute_dtype(w, u, k, v))
-        return _SEAM.apply(serving, (w, u, k, v))
     return _forward_op(w, u, k, v, name)
 
 

@@ -54,12 +54,13 @@ def gate(r: Tensor, y: Tensor, *, backend: str | None = None) -> Tensor:
     check_tensors("gate", {"r": r, "y": y})
     if r.shape != y.shape:
         raise ValueError(f"gate needs r and y of one shape, got {tuple(r.shape)}, {tuple(y.shape)}")
+    if is_eager(r, y):
+        serving = OPERATOR.serving(backend, y.device, compute_dtype(r, y))
+        if serving.name != "export":
+            return _SEAM.apply(serving, (r, y))
     name = OPERATOR.requested(backend)
     if name == "export" or torch.onnx.is_in_onnx_export():
         return plain.gate_plain(r, y).contiguous()
-    if is_eager(r, y):
-        serving = OPERATOR.resolve(name, y.device, compute_dtype(r, y))
-        return _SEAM.apply(serving, (r, y))
     return _forward_op(r, y, name)
 
 

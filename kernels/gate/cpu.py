@@ -10,7 +10,7 @@ def forward(r: Tensor, y: Tensor) -> Tensor:
     """Compute `gate` (see there)."""
     result = torch.promote_types(r.dtype, y.dtype)
     r, y = r.to(result).contiguous(), y.to(result).contiguous()
-    out = torch.empty(y.shape, dtype=result)
+    out = torch.empty_like(y)
     call = cpu.GateCall(cpu.dtype_code(result), r.data_ptr(), y.data_ptr(), None, out.data_ptr())
     status = cpu.library().vision_gate(call, y.numel(), cpu.threads_for(y.numel()))
     cpu.check(status, "gate")

@@ -75,12 +75,13 @@ def shift_mix(
     h, w = hw
     starts = list(edges)
     _check_shapes(x, mu, h, w, pixels, starts)
+    if is_eager(x, mu):
+        serving = OPERATOR.serving(backend, x.device, compute_dtype(x, mu))
+        if serving.name != "export":
+            return _SEAM.apply(serving, (x, mu), h, w, pixels, starts)
     name = OPERATOR.requested(backend)
     if name == "export" or torch.onnx.is_in_onnx_export():
         return plain.shift_mix_plain(x, mu, h, w, pixels, starts)
-    if is_eager(x, mu):
-        serving = OPERATOR.resolve(name, x.device, compute_dtype(x, mu))
-        return _SEAM.apply(serving, (x, mu), h, w, pixels, starts)
     return _forward_op(x, mu, h, w, pixels, starts, name)
 
 

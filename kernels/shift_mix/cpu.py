@@ -14,7 +14,7 @@ def forward(
 ) -> list[Tensor]:
     """Compute `shift_mix` (see there)."""
     tokens = cpu.side_by_side(x, x.dtype)
-    mixed = [torch.empty(x.shape, dtype=x.dtype) for _ in range(mu.shape[0])]
+    mixed = [x.new_empty(x.shape) for _ in range(mu.shape[0])]
     wide = mu.float().contiguous()
     call = _call(tokens, wide, h, w, pixels, edges, mixed)
     status = cpu.library().vision_shift_mix(call, cpu.threads_for(x.numel()))

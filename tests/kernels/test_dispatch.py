@@ -1,5 +1,6 @@
 """Which backend serves a call, and what is said when it cannot."""
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,8 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from vision.kernels import BackendUnavailableError, bi_wkv, dispatch, list_backends, use_backend
+from vision.kernels import (
+    BackendUnavailableError,
+    bi_wkv,
+    dispatch,
+    gate,
+    list_backends,
+    use_backend,
+)
 from vision.kernels.dispatch import AUTO, ENVIRONMENT_VARIABLE, Backend, Operator
+from vision.kernels.gate import OPERATOR
 
 CPU, F32 = torch.device("cpu"), torch.float32
 
@@ -192,3 +201,31 @@ assert not started, started
 assert not [key for key in read if "VISION" in key], read
 """
     assert _python(repo_root, "-c", code) == ""
+
+
+def test_a_remembered_choice_follows_scope_environment_and_registry(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.ones(2)
+    real = OPERATOR.backends["torch"]
+    seen = []
+
+    def forward(r: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen.append("torch")
+        return real.forward(r, y)
+
+    gate(x, x)
+    monkeypatch.setitem(OPERATOR.backends, "torch", dataclasses.replace(real, forward=forward))
+    with use_backend("torch"):
+        gate(x, x)
+        assert len(seen) == 1
+        with use_backend("reference"):
+            gate(x, x)
+        gate(x, x, backend="reference")
+        assert len(seen) == 1
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "torch")
+    gate(x, x)
+    assert len(seen) == 2
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE)
+    gate(x, x, backend="torch")
+    assert len(seen) == 3

@@ -156,3 +156,11 @@ def test_onnx_with_free_sizes() -> None:
     for x in (make(2, 7, 3, 4), make(3, 7, 5, 6)):
         (y,) = session.run(None, {name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(y), mixer(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_forward_mode_is_refused_not_ignored() -> None:
+    r, y = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(r, torch.ones_like(r))
+        with pytest.raises((RuntimeError, NotImplementedError), match="forward"):
+            gate(dual, y)
