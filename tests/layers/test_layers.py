@@ -9,15 +9,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vision.layers import (
+    CHANNEL_MIXERS,
+    MIXERS,
     SHIFTS,
+    Attention,
     Block,
     ChannelMix,
+    GeGLU,
+    MBConv,
+    MBConvBlock,
     ShiftMix,
+    build_channel_mixer,
     build_mixer,
     q_shift,
     resample_pos_embed,
     single_shift,
 )
+from vision.layers.activation import gelu
+from vision.layers.conv import map_to_tokens, tokens_to_map
 from vision.layers.init import SPATIAL_INIT, channel_init, spatial_init
 
 
@@ -126,8 +135,10 @@ def test_one_layer_and_one_channel_are_finite(mode: str) -> None:
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(ValueError, match="there are fancy, local, global"):
         spatial_init("plain", 4, 0, 1)
-    with pytest.raises(ValueError, match="there are bi_wkv"):
-        build_mixer("attention", 4, 0, 1)
+    with pytest.raises(ValueError, match="there are bi_wkv, attention"):
+        build_mixer("average", 4, 0, 1)
+    with pytest.raises(ValueError, match="there are channel_mix, geglu"):
+        build_channel_mixer("mlp", 4, 0, 1)
 
 
 def test_position_embedding_keeps_its_own_grid() -> None:
@@ -189,3 +200,84 @@ def test_channel_mix_by_its_formula() -> None:
     hidden = torch.clamp(xk @ mix.key.weight.T, min=0) ** 2
     want = 1 / (1 + torch.exp(-(xr @ mix.receptance.weight.T))) * (hidden @ mix.value.weight.T)
     torch.testing.assert_close(mix(x, (2, 3)), want)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("channel_mixer", CHANNEL_MIXERS)
+def test_block_of_any_two_mixers(mixer: str, channel_mixer: str) -> None:
+    block = Block(12, 1, 3, mixer=mixer, channel_mixer=channel_mixer, norm_eps=1e-3)
+    assert type(block.mixer) is MIXERS[mixer]
+    assert type(block.channel_mix) is CHANNEL_MIXERS[channel_mixer]
+    assert block.norm1.eps == block.norm2.eps == 1e-3
+    x = torch.randn(2, 6, 12, requires_grad=True)
+    block(x, (2, 3)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
+
+
+def test_options_go_to_the_mixer_alone_or_to_both() -> None:
+    options = {"mixer": "attention", "mixer_options": {"num_heads": 3}, "channel_mixer": "geglu"}
+    block = Block(12, 0, 1, mlp_ratio=1.5, **options)
+    assert block.mixer.num_heads == 3
+    assert block.channel_mix.gate.out_features == 18
+    with pytest.raises(TypeError, match="init_mode"):
+        Block(12, 0, 1, init_mode="local", **options)
+    with pytest.raises(TypeError, match="num_heads"):
+        Block(12, 0, 1, mixer_options={"num_heads": 3})
+
+
+def test_attention_by_its_formula() -> None:
+    attention = Attention(6, 0, 1, num_heads=2).double()
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    q, k, v = (attention.qkv(x).chunk(3, dim=2)[i].view(2, 5, 2, 3) for i in range(3))
+    score = torch.einsum("bthc,bshc->bhts", q, k) / math.sqrt(3)
+    want = torch.einsum("bhts,bshc->bthc", score.softmax(-1), v).reshape(2, 5, 6)
+    torch.testing.assert_close(attention(x, (1, 5)), attention.proj(want))
+    with pytest.raises(ValueError, match="7 channels for num_heads=2"):
+        Attention(7, 0, 1, num_heads=2)
+
+
+def test_geglu_by_its_formula() -> None:
+    mix = GeGLU(6, 0, 1, mlp_ratio=2).double()
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    a = mix.gate(x)
+    want = mix.output(a * 0.5 * (1 + torch.erf(a / math.sqrt(2))) * mix.value(x))
+    torch.testing.assert_close(mix(x, (2, 2)), want)
+
+
+def test_gelu_spares_memory_only_where_no_gradient_is_wanted() -> None:
+    x = torch.randn(8)
+    want = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    kept = x.clone()
+    torch.testing.assert_close(gelu(kept), want)
+    assert torch.equal(kept, x)
+    with torch.no_grad():
+        torch.testing.assert_close(gelu(kept), want)
+    torch.testing.assert_close(kept, want)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("out", [8, 12])
+def test_mbconv_keeps_what_its_branch_does_not_change(stride: int, out: int) -> None:
+    conv = MBConv(8, out, stride=stride, ratio=2.2)
+    assert conv.expand.out_channels == {8: 16, 12: 24}[out]  # multiples of 8
+    torch.nn.init.zeros_(conv.project.weight)
+    torch.nn.init.zeros_(conv.project.bias)
+    x = torch.randn(2, 8, 5, 7)
+    y = conv(x)
+    assert y.shape == (2, out, -(-5 // stride), -(-7 // stride))
+    if out == 8:
+        # The mean of the 3 x 3 pixels around, of those inside the map; at a corner there are 4.
+        corner = x[..., :2, :2].mean((2, 3)) if stride == 2 else x[..., 0, 0]
+        torch.testing.assert_close(y[..., 0, 0], corner)
+    with pytest.raises(ValueError, match="stride of 1 or 2, got 3"):
+        MBConv(8, 8, stride=3)
+
+
+def test_convolution_of_tokens_is_that_of_their_map() -> None:
+    block = MBConvBlock(8, mlp_ratio=2)
+    x = torch.randn(2, 15, 8)
+    maps = tokens_to_map(x, (3, 5))
+    assert torch.equal(maps[:, :, 1, 2], x[:, 7])
+    assert maps.data_ptr() == map_to_tokens(maps).data_ptr() == x.data_ptr()
+    assert map_to_tokens(maps).is_contiguous()
+    torch.testing.assert_close(block(x, (3, 5)), map_to_tokens(block.conv(maps.contiguous())))

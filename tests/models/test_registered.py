@@ -1,4 +1,6 @@
-"""The timm contract, for every plain model of tokens that the package registers."""
+"""The timm contract, for every model of token blocks that the package registers."""
+
+import itertools
 
 import pytest
 import timm
@@ -9,9 +11,13 @@ from torch import Tensor, nn
 
 import vision  # noqa: F401 -- registers the models
 
-MODELS = sorted(
-    name for name, fn in _model_entrypoints.items() if fn.__module__ == "vision.models.vrwkv"
-)
+# The families, with keywords that switch on what is off by default and cut what is not a block.
+FAMILIES = {
+    "vision.models.vrwkv": {},
+    "vision.models.rwkv_sam": {"use_pos_embed": True, "conv_depths": (1, 2)},
+}
+MODELS = sorted(name for name, fn in _model_entrypoints.items() if fn.__module__ in FAMILIES)
+NANOS = [name for name in MODELS if "nano" in name]
 PARAMS = {
     "vrwkv_tiny_patch16_224": 6_155_176,
     "vrwkv_small_patch16_224": 23_820_136,
@@ -24,12 +30,23 @@ SIZES = [(64, 96), (40, 33)]  # neither square, the second no multiple of a patc
 def small(name: str, **kwargs: object) -> nn.Module:
     """The registered model, cut to two blocks so that the large ones are quick."""
     torch.manual_seed(0)
-    return timm.create_model(name, depth=2, **kwargs).eval()
+    family = FAMILIES[_model_entrypoints[name].__module__]
+    return timm.create_model(name, depth=2, **family, **kwargs).eval()
 
 
 def images(size: tuple[int, int], channels: int = 3, batch: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, channels, *size, generator=generator)
+
+
+def padded_to(model: nn.Module) -> int:
+    """The multiple of pixels that the model fills its input up to."""
+    return max(info["reduction"] for info in model.feature_info)
+
+
+def as_tokens(features: Tensor) -> Tensor:
+    """Tokens (B, T, C) of what `forward_features` gives, tokens or a map (B, C, h, w)."""
+    return features if features.ndim == 3 else features.flatten(2).transpose(1, 2)
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -61,15 +78,15 @@ class TestContract:
             before = model.forward_head(features, pre_logits=True)
         assert logits.shape == (2, 7)
         assert logits.isfinite().all()
-        patch = model.feature_info[0]["reduction"]
+        patch = padded_to(model)
         tokens = -(-size[0] // patch) * -(-size[1] // patch)
-        assert features.shape == (2, tokens, model.num_features)
+        assert as_tokens(features).shape == (2, tokens, model.num_features)
         assert before.shape == (2, model.head_hidden_size)
         torch.testing.assert_close(model.get_classifier()(before), logits)
 
     def test_padding_is_zeros_at_bottom_and_right(self, name: str) -> None:
         model = small(name, num_classes=0)
-        patch = model.feature_info[0]["reduction"]
+        patch = padded_to(model)
         x = images((patch + 3, 2 * patch - 1))
         padded = torch.zeros(2, 3, 2 * patch, 2 * patch)
         padded[..., : patch + 3, : 2 * patch - 1] = x
@@ -85,9 +102,10 @@ class TestContract:
         assert len(model.feature_info.channels()) == 2
         for size in SIZES:
             maps = model(images(size))
+            whole = padded_to(model)
             for i, found in enumerate(maps):
                 stride = model.feature_info.reduction()[i]
-                want = tuple(-(-s // stride) for s in size)
+                want = tuple(-(-s // whole) * whole // stride for s in size)
                 assert found.shape == (2, model.feature_info.channels()[i], *want)
 
     def test_intermediates(self, name: str) -> None:
@@ -97,14 +115,15 @@ class TestContract:
             final, maps = model.forward_intermediates(x)
             torch.testing.assert_close(final, model.forward_features(x))
             tokens = model.forward_intermediates(
-                x, [1], norm=True, output_fmt="NLC", intermediates_only=True
+                x, [-1], norm=True, output_fmt="NLC", intermediates_only=True
             )[0]
             first = model.forward_intermediates(x, [0], stop_early=True, intermediates_only=True)[0]
-        assert len(maps) == 2
-        torch.testing.assert_close(tokens, final)
+        modules = [info["module"] for info in model.feature_info]
+        assert len(maps) == len(modules)
+        torch.testing.assert_close(tokens, as_tokens(final))
         torch.testing.assert_close(first, maps[0])
-        normed = model.norm(maps[1].flatten(2).transpose(1, 2))
-        torch.testing.assert_close(normed, final)
+        normed = model.norm(as_tokens(maps[modules.index("blocks.1")]))
+        torch.testing.assert_close(normed, as_tokens(final))
         with pytest.raises(ValueError, match="'NCHW' or 'NLC'"):
             model.forward_intermediates(x, output_fmt="NHWC")
 
@@ -148,20 +167,19 @@ class TestContract:
     def test_pooling(self, name: str, pool: str) -> None:
         model = small(name, num_classes=0, global_pool=pool)
         model.pre_logits = nn.Identity()
-        tokens = torch.randn(2, 6, model.num_features)
+        features = torch.randn_like(model.forward_features(images((64, 96))))
+        tokens = as_tokens(features)
         want = {
             "avg": tokens.mean(1),
             "max": tokens.amax(1),
             "avgmax": (tokens.mean(1) + tokens.amax(1)) / 2,
         }
-        torch.testing.assert_close(model.forward_head(tokens), want[pool])
+        torch.testing.assert_close(model.forward_head(features), want[pool])
 
     def test_input_options(self, name: str) -> None:
         model = small(name, in_chans=1, img_size=(50, 70), num_classes=2)
-        patch = model.feature_info[0]["reduction"]
-        grid = (-(-50 // patch), -(-70 // patch))
-        assert model.patch_embed.grid_size == grid
-        assert model.pos_embed.shape[1] == grid[0] * grid[1]
+        patch = padded_to(model)
+        assert model.pos_embed.shape[1] == -(-50 // patch) * -(-70 // patch)
         x = images((50, 70), channels=1)
         with torch.no_grad():
             before = model(x)
@@ -194,17 +212,19 @@ class TestContract:
 
     def test_groups_and_decay(self, name: str) -> None:
         model = small(name, num_classes=5)
-        names = {key for key, _ in model.named_parameters()}
-        assert model.no_weight_decay() <= names
+        names = [key for key, _ in model.named_parameters()]
+        assert model.no_weight_decay() <= set(names)
         depths = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
-        assert set(depths) == names
+        assert set(depths) == set(names)
         of_block = [
             {d for k, d in depths.items() if k.startswith(f"blocks.{i}.")} for i in range(2)
         ]
-        stem = {d for k, d in depths.items() if k.startswith(("patch_embed", "pos_embed"))}
+        before = list(itertools.takewhile(lambda key: not key.startswith("blocks."), names))
+        first = model.pretrained_cfg["first_conv"]
         head = {d for k, d in depths.items() if k.startswith("head")}
-        assert all(len(group) == 1 for group in (*of_block, stem))
-        assert max(stem) < max(of_block[0]) < max(of_block[1]) < min(head)
+        assert all(len(group) == 1 for group in of_block)
+        assert depths[f"{first}.weight"] == depths[f"{first}.bias"] == 0
+        assert max(depths[key] for key in before) < max(of_block[0]) < max(of_block[1]) < min(head)
 
     def test_default_cfg_names_real_modules(self, name: str) -> None:
         model = small(name)
@@ -219,28 +239,34 @@ class TestContract:
             timm.create_model(name, depht=3)
 
     def test_drop_rates(self, name: str) -> None:
-        model = small(name, drop_rate=0.3, drop_path_rate=0.2, pos_drop_rate=0.1)
+        model = small(name, drop_rate=0.3, drop_path_rate=0.2)
         assert model.head_drop.p == 0.3
-        assert model.pos_drop.p == 0.1
         assert model.blocks[1].drop_path.drop_prob == pytest.approx(0.2)
         assert isinstance(model.blocks[0].drop_path, nn.Identity)
 
 
+def test_positions_are_dropped() -> None:
+    assert small("vrwkv_nano_patch8_224", pos_drop_rate=0.1).pos_drop.p == 0.1
+
+
+@pytest.mark.parametrize("name", NANOS)
 @pytest.mark.parametrize("bad", [(3, 32, 32), (1, 3, 0, 32)])
-def test_wrong_input_shape_is_named(bad: tuple[int, ...]) -> None:
+def test_wrong_input_shape_is_named(name: str, bad: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="wanted a batch of images"):
-        small("vrwkv_nano_patch8_224")(torch.zeros(bad))
+        small(name)(torch.zeros(bad))
 
 
-def test_wrong_options_are_named() -> None:
+@pytest.mark.parametrize("name", NANOS)
+def test_wrong_options_are_named(name: str) -> None:
     with pytest.raises(ValueError, match="no global_pool 'token'"):
-        small("vrwkv_nano_patch8_224", global_pool="token")
+        small(name, global_pool="token")
     with pytest.raises(ValueError, match="depth must be at least 1"):
-        timm.create_model("vrwkv_nano_patch8_224", depth=0)
+        timm.create_model(name, depth=0)
 
 
-def test_compile_has_no_graph_break() -> None:
-    model = small("vrwkv_nano_patch8_224", num_classes=5)
+@pytest.mark.parametrize("name", NANOS)
+def test_compile_has_no_graph_break(name: str) -> None:
+    model = small(name, num_classes=5)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = images((64, 96))
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
@@ -249,8 +275,9 @@ def test_compile_has_no_graph_break() -> None:
         torch.testing.assert_close(got["_orig_mod." + key], value, rtol=1e-4, atol=1e-5)
 
 
-def test_export_keeps_one_operator_per_block() -> None:
-    model = small("vrwkv_nano_patch8_224", num_classes=5)
+@pytest.mark.parametrize("name", NANOS)
+def test_export_keeps_one_operator_per_block(name: str) -> None:
+    model = small(name, num_classes=5)
     x = images((64, 96))
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}})
@@ -259,9 +286,10 @@ def test_export_keeps_one_operator_per_block() -> None:
     torch.testing.assert_close(program.module()(x[:1]), model(x[:1]))
 
 
-def test_onnx_with_free_sizes_runs_elsewhere(tmp_path) -> None:
+@pytest.mark.parametrize("name", NANOS)
+def test_onnx_with_free_sizes_runs_elsewhere(name: str, tmp_path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra [export] is not installed")
-    model = small("vrwkv_nano_patch8_224", num_classes=5)
+    model = small(name, num_classes=5)
     free = {"x": dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)}
     torch.onnx.export(
         model,

@@ -87,6 +87,11 @@ def decode_image(file: BinaryIO, name: str) -> np.ndarray:
             f"{name}: wanted 8-bit pixels or 16-bit greyscale, got Pillow mode {image.mode!r} "
             "(32 bits, range unknown); scale it and save it as 8-bit PNG"
         )
+    return on_white(image)
+
+
+def on_white(image: Image.Image) -> np.ndarray:
+    """Return a Pillow image of 8-bit channels as uint8 RGB (H, W, 3), blended over white."""
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

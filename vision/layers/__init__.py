@@ -4,19 +4,27 @@
 # modules below, so it must not happen halfway through one of them.
 import timm  # noqa: F401
 
+from .attention import Attention
 from .block import Block
-from .channel_mix import ChannelMix
+from .channel_mix import CHANNEL_MIXERS, ChannelMix, GeGLU, build_channel_mixer
+from .conv import MBConv, MBConvBlock
 from .mixers import MIXERS, BiWKVMixer, build_mixer
 from .pos_embed import resample_pos_embed
 from .shift_mix import SHIFTS, ShiftMix, q_shift, single_shift
 
 __all__ = [
+    "CHANNEL_MIXERS",
     "MIXERS",
     "SHIFTS",
+    "Attention",
     "BiWKVMixer",
     "Block",
     "ChannelMix",
+    "GeGLU",
+    "MBConv",
+    "MBConvBlock",
     "ShiftMix",
+    "build_channel_mixer",
     "build_mixer",
     "q_shift",
     "resample_pos_embed",

@@ -1,16 +1,17 @@
-"""The one residual block: a token mixer, then a channel mix."""
+"""The one residual block: a token mixer, then a channel mixer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
-from .channel_mix import ChannelMix
+from .channel_mix import build_channel_mixer
 from .mixers import build_mixer
 
 
 class Block(nn.Module):
-    """Two residual branches, `x + drop_path(scale(branch(x)))`: token mixer and channel mix.
+    """Two residual branches, `x + drop_path(scale(branch(x)))`: token mixer and channel mixer.
 
     A branch is `f(norm(x))`, or `norm(f(x))` with `post_norm` (arXiv:2403.02308, stability of the
     larger models).
@@ -20,11 +21,14 @@ class Block(nn.Module):
         layer: index of the block in the network, from 0.
         depth: number of blocks in the network.
         mixer: token mixer, a name in `MIXERS`.
-        mlp_ratio: hidden width of the channel mix over `dim`.
+        channel_mixer: feed-forward half, a name in `CHANNEL_MIXERS`.
+        mlp_ratio: hidden width of the channel mixer over `dim`.
         post_norm: normalise after the branch instead of before.
         init_values: first value of the layer scale; None for no layer scale.
         drop_path: probability of dropping a branch for a sample, in [0, 1).
-        **mix_options: passed to the mixer and to the channel mix alike (shift, shift_pixels,
+        norm_eps: epsilon of the two norms.
+        mixer_options: passed to the token mixer alone (num_heads of attention).
+        **mix_options: passed to both mixers alike (of the RWKV ones: shift, shift_pixels,
             channel_gamma, init_mode, key_norm).
     """
 
@@ -35,18 +39,23 @@ class Block(nn.Module):
         depth: int,
         *,
         mixer: str = "bi_wkv",
+        channel_mixer: str = "channel_mix",
         mlp_ratio: float = 4.0,
         post_norm: bool = False,
         init_values: float | None = None,
         drop_path: float = 0.0,
+        norm_eps: float = 1e-5,
+        mixer_options: Mapping[str, Any] | None = None,
         **mix_options: Any,
     ) -> None:
         super().__init__()
         self.post_norm = post_norm
-        self.norm1 = nn.LayerNorm(dim)
-        self.mixer = build_mixer(mixer, dim, layer, depth, **mix_options)
-        self.norm2 = nn.LayerNorm(dim)
-        self.channel_mix = ChannelMix(dim, layer, depth, mlp_ratio=mlp_ratio, **mix_options)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mixer = build_mixer(mixer, dim, layer, depth, **(mixer_options or {}), **mix_options)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.channel_mix = build_channel_mixer(
+            channel_mixer, dim, layer, depth, mlp_ratio=mlp_ratio, **mix_options
+        )
         scaled = init_values is not None
         self.ls1 = LayerScale(dim, init_values=init_values) if scaled else nn.Identity()
         self.ls2 = LayerScale(dim, init_values=init_values) if scaled else nn.Identity()

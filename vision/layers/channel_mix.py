@@ -1,10 +1,17 @@
-"""Channel mix: the feed-forward half of an RWKV block."""
+"""Channel mixers: the feed-forward half of a block.
+
+Every channel mixer is called and built as a token mixer is (see `mixers`), with the hidden width
+`mlp_ratio` besides, and refuses what it cannot use.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vision.kernels import gate
 
+from .activation import gelu
 from .init import channel_init
 from .shift_mix import ShiftMix
 
@@ -53,6 +60,43 @@ class ChannelMix(nn.Module):
         xk, xr = self.shift_mix(x, hw)
         hidden = self.norm(_relu_squared(self.key(xk)))
         return gate(self.receptance(xr), self.value(hidden))
+
+
+class GeGLU(nn.Module):
+    """Feed-forward with a GELU gate, `W_2 (gelu(W_0 x) * W_1 x)` with biases (arXiv:2002.05202).
+
+    Args:
+        dim: channels C.
+        layer: index of the block in the network; this mixer is the same in every block.
+        depth: number of blocks in the network; unused as well.
+        mlp_ratio: width of the hidden layer over `dim`.
+    """
+
+    def __init__(self, dim: int, layer: int, depth: int, *, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.gate = nn.Linear(dim, hidden)
+        self.value = nn.Linear(dim, hidden)
+        self.output = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """Mix the channels of tokens (B, T, C); the grid hw does not matter."""
+        return self.output(gelu(self.gate(x)) * self.value(x))
+
+
+CHANNEL_MIXERS: dict[str, type[nn.Module]] = {"channel_mix": ChannelMix, "geglu": GeGLU}
+
+
+def build_channel_mixer(name: str, dim: int, layer: int, depth: int, **options: Any) -> nn.Module:
+    """Make the channel mixer `name` for block `layer` of `depth`.
+
+    Raises:
+        ValueError: no channel mixer of that name.
+        TypeError: an option that this channel mixer does not have.
+    """
+    if name not in CHANNEL_MIXERS:
+        raise ValueError(f"no channel mixer {name!r}; there are {', '.join(CHANNEL_MIXERS)}")
+    return CHANNEL_MIXERS[name](dim, layer, depth, **options)
 
 
 def _relu_squared(x: Tensor) -> Tensor:

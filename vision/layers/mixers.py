@@ -1,7 +1,7 @@
 """Token mixers: modules that carry information between the tokens of a grid.
 
 Every mixer is called `mixer(x, hw)` with tokens x (B, H*W, C) and hw = (H, W), and returns
-(B, H*W, C). It is built with the keywords of `BiWKVMixer`; what it cannot use it must refuse.
+(B, H*W, C). It is built as `Mixer(dim, layer, depth, **options)` and refuses what it cannot use.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vision.kernels import bi_wkv, gate
 
+from .attention import Attention
 from .init import spatial_init
 from .shift_mix import ShiftMix
 
@@ -62,7 +63,7 @@ class BiWKVMixer(nn.Module):
         return self.output(gate(self.receptance(xr), self.norm(y)))
 
 
-MIXERS: dict[str, type[nn.Module]] = {"bi_wkv": BiWKVMixer}
+MIXERS: dict[str, type[nn.Module]] = {"bi_wkv": BiWKVMixer, "attention": Attention}
 
 
 def build_mixer(name: str, dim: int, layer: int, depth: int, **options: Any) -> nn.Module:
@@ -70,6 +71,7 @@ def build_mixer(name: str, dim: int, layer: int, depth: int, **options: Any) -> 
 
     Raises:
         ValueError: no mixer of that name.
+        TypeError: an option that this mixer does not have.
     """
     if name not in MIXERS:
         raise ValueError(f"no token mixer {name!r}; there are {', '.join(MIXERS)}")

@@ -4,7 +4,7 @@ import difflib
 import os
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,27 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
             f"found {found}"
         )
     return {key.removeprefix("module."): value for key, value in checkpoint.items()}
+
+
+def with_weights_of_file(
+    kwargs: Mapping[str, Any], read: Callable[[str | Path], Mapping[str, Any]] = read_checkpoint
+) -> dict[str, Any]:
+    """Read the file that `pretrained_cfg_overlay` names, for timm's `build_model_with_cfg`.
+
+    timm's own reader neither names a truncated file nor says what was refused.
+
+    Args:
+        kwargs: of a model's entry point, with `pretrained=True`.
+        read: reader of the file.
+
+    Returns:
+        The arguments, with the weights in the overlay if it names a file.
+    """
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    if not overlay.get("file"):
+        return dict(kwargs)
+    weights = unwrap_state_dict(read(overlay["file"]))
+    return {**kwargs, "pretrained_cfg_overlay": {**overlay, "state_dict": weights}}
 
 
 def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> None:

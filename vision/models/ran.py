@@ -19,7 +19,13 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .checkpoint import CheckpointError, listing, read_checkpoint, unwrap_state_dict
+from .checkpoint import (
+    CheckpointError,
+    listing,
+    read_checkpoint,
+    unwrap_state_dict,
+    with_weights_of_file,
+)
 from .ran_blocks import (
     ATTENTION,
     MASK_ACTIVATIONS,
@@ -473,14 +479,14 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def _read(path: str | Path) -> Mapping[str, Any]:
+    caffe = Path(path).suffix == ".caffemodel"
+    return read_caffemodel(Path(path)) if caffe else read_checkpoint(path)
+
+
 def _create_ran(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    overlay = kwargs.get("pretrained_cfg_overlay") or {}
-    if pretrained and overlay.get("file"):
-        # Read here: timm knows no Caffe, and does not say what it refuses.
-        path = Path(overlay["file"])
-        read = read_caffemodel if path.suffix == ".caffemodel" else read_checkpoint
-        weights = unwrap_state_dict(read(path))
-        kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": weights}
+    if pretrained:
+        kwargs = with_weights_of_file(kwargs, _read)
     build = partial(build_model_with_cfg, ResidualAttentionNet, variant, pretrained)
     stages = len(kwargs.get("widths", (256, 512, 1024, 2048)))
     return build(

@@ -27,7 +27,7 @@ from vision.layers.block import Block
 from vision.layers.init import depth_ratio
 from vision.layers.pos_embed import resample_pos_embed
 
-from .checkpoint import CheckpointError, listing, read_checkpoint, unwrap_state_dict
+from .checkpoint import CheckpointError, listing, unwrap_state_dict, with_weights_of_file
 
 __all__ = ["VisionRWKV", "checkpoint_filter_fn"]
 
@@ -447,11 +447,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_vrwkv(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    overlay = kwargs.get("pretrained_cfg_overlay") or {}
-    if pretrained and overlay.get("file"):
-        # Read here: timm's own reader neither names a truncated file nor says what was refused.
-        weights = unwrap_state_dict(read_checkpoint(overlay["file"]))
-        kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": weights}
+    if pretrained:
+        kwargs = with_weights_of_file(kwargs)
     build = partial(
         build_model_with_cfg,
         VisionRWKV,
