@@ -1,10 +1,10 @@
 """timm's ViT of the same width, depth and patch as VRWKV-nano, in the same config, to compare.
 
-    python tools/train.py configs/vit/vit-nano_fcn_1xb2-46e_camvid-180x240.py \
+    python tools/train.py configs/vit/vit-nano_fcn_1xb2-44e_camvid-180x240.py \
         --cfg-options data_root=/path/to/camvid
 """
 
-_base_ = "../vrwkv/vrwkv-nano_fcn_1xb2-46e_camvid-180x240.py"
+_base_ = "../vrwkv/vrwkv-nano_fcn_1xb2-44e_camvid-180x240.py"
 model = dict(
     backbone=dict(
         _delete_=True,

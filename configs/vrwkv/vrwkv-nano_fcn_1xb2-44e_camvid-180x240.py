@@ -1,6 +1,6 @@
 """A small VRWKV (96 channels, 6 blocks, patches of 8) on CamVid at half size, for a CPU.
 
-    python tools/train.py configs/vrwkv/vrwkv-nano_fcn_1xb2-46e_camvid-180x240.py \
+    python tools/train.py configs/vrwkv/vrwkv-nano_fcn_1xb2-44e_camvid-180x240.py \
         --cfg-options data_root=/path/to/camvid
 
 Expected: see README, "What we ran"; `configs/vit/` has the same with timm's ViT.
@@ -34,8 +34,8 @@ param_scheduler = [
         type="CosineAnnealingLR",
         eta_min=1e-6,
         begin=1,
-        end=46,
+        end=44,
         convert_to_iter_based=True,
     ),
 ]
-train_cfg = dict(max_epochs=46, val_interval=23)
+train_cfg = dict(max_epochs=44, val_interval=22)

@@ -4,9 +4,11 @@ _base_ = "./camvid.py"
 train_pipeline = [
     dict(type="LoadImage"),
     dict(type="LoadMask", num_classes=11),
-    # The whole image: road below and sky above are half of the answer.
-    dict(type="Resize", scale=(240, 180), keep_ratio=True),
+    # Nearly the whole image: road below and sky above are half of the answer.
+    dict(type="RandomResize", scale=(240, 180), ratio_range=(1.0, 1.5), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=(180, 240)),
     dict(type="RandomFlip", prob=0.5),
+    dict(type="PhotoMetricDistortion"),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
