@@ -36,9 +36,14 @@ INLINE int64_t way(const shift_mix_call *call, int g, int64_t y, int64_t x, int 
     return g < 2 ? step : step * call->width;
 }
 
-#define FOR_VECTORS(first, end, c, count)                                         \
-    for (int64_t c = (first), count;                                              \
-         c < (end) && (count = (end) - c < LANES ? (end) - c : LANES, 1); c += LANES)
+/* Calls function(c, LANES, ...) for the whole vectors from `first` to `end`, the number a constant
+   there, then once for what is left. */
+#define FOR_VECTORS(first, end, function, ...)                           \
+    do {                                                                 \
+        int64_t c_ = (first);                                            \
+        for (; c_ + LANES <= (end); c_ += LANES) function(c_, LANES, __VA_ARGS__); \
+        if (c_ < (end)) function(c_, (end) - c_, __VA_ARGS__);           \
+    } while (0)
 
 INLINE int64_t group_end(const shift_mix_call *call, int g) {
     return g == 4 ? call->channels : call->edges[g + 1];
@@ -46,17 +51,24 @@ INLINE int64_t group_end(const shift_mix_call *call, int g) {
 
 /* One group of one token. `count` is a constant where this is inlined, so that all proportions are
    computed from one load; `other` is null for a token without a neighbour. */
+INLINE void mix_vector(int64_t c, int64_t size, int dtype, int count, const void *own,
+                       const void *other, const float *mu, int64_t channels, void *const *mixed,
+                       int64_t to) {
+    vf x = load_some(own, c, size, dtype);
+    vf s = other ? load_some(other, c, size, dtype) : all(0);
+    for (int n = 0; n < count; n++) {
+        vf share = load_some(mu, n * channels + c, size, FLOAT32);
+        store_some(mixed[n], to + c, size, s + (x - s) * share, dtype);
+    }
+}
+
 INLINE void mix_group(int dtype, int count, const void *own, const void *other, const float *mu,
                       int64_t channels, void *const *mixed, int64_t to, int64_t first,
                       int64_t end) {
-    FOR_VECTORS(first, end, c, size) {
-        vf x = load_some(own, c, size, dtype);
-        vf s = other ? load_some(other, c, size, dtype) : all(0);
-        for (int n = 0; n < count; n++) {
-            vf share = load_some(mu, n * channels + c, size, FLOAT32);
-            store_some(mixed[n], to + c, size, s + (x - s) * share, dtype);
-        }
-    }
+    if (other)
+        FOR_VECTORS(first, end, mix_vector, dtype, count, own, other, mu, channels, mixed, to);
+    else
+        FOR_VECTORS(first, end, mix_vector, dtype, count, own, NULL, mu, channels, mixed, to);
 }
 
 INLINE void mix_row(int dtype, int count, const shift_mix_call *call, int64_t item, int64_t y) {
@@ -92,26 +104,31 @@ static void shift_mix(const shift_mix_call *call, int64_t item, int64_t first, i
     FOR_DTYPE(call->dtype, mix_rows, call, item, first, end);
 }
 
+INLINE void mix_vector_grads(int64_t c, int64_t size, int dtype, int count, const void *own,
+                             const void *other, const float *mu, int64_t channels,
+                             void *const *grads, void *gx, float *gmu, int64_t to,
+                             int64_t taker) {
+    vf difference = load_some(own, c, size, dtype);
+    if (other) difference -= load_some(other, c, size, dtype);
+    vf sum = all(0);
+    for (int n = 0; n < count; n++) {
+        int64_t place = n * channels + c;
+        vf share = load_some(mu, place, size, FLOAT32);
+        vf grad = load_some(grads[n], to + c, size, dtype);
+        sum += share * grad;
+        if (taker >= 0) sum += (1 - share) * load_some(grads[n], taker + c, size, dtype);
+        vf old = load_some(gmu, place, size, FLOAT32);
+        store_some(gmu, place, size, old + grad * difference, FLOAT32);
+    }
+    store_some(gx, to + c, size, sum, dtype);
+}
+
 /* One group of one token: `other` as above, `taker` how far the token is that takes this one. */
 INLINE void mix_group_grads(int dtype, int count, const void *own, const void *other,
                             const float *mu, int64_t channels, void *const *grads, void *gx,
                             float *gmu, int64_t to, int64_t taker, int64_t first, int64_t end) {
-    FOR_VECTORS(first, end, c, size) {
-        vf difference = load_some(own, c, size, dtype);
-        if (other) difference -= load_some(other, c, size, dtype);
-        vf sum = all(0);
-        for (int n = 0; n < count; n++) {
-            int64_t place = n * channels + c;
-            vf share = load_some(mu, place, size, FLOAT32);
-            vf grad = load_some(grads[n], to + c, size, dtype);
-            sum += share * grad;
-            if (taker >= 0)
-                sum += (1 - share) * load_some(grads[n], taker + c, size, dtype);
-            vf old = load_some(gmu, place, size, FLOAT32);
-            store_some(gmu, place, size, old + grad * difference, FLOAT32);
-        }
-        store_some(gx, to + c, size, sum, dtype);
-    }
+    FOR_VECTORS(first, end, mix_vector_grads, dtype, count, own, other, mu, channels, grads, gx,
+                gmu, to, taker);
 }
 
 INLINE void mix_row_grads(int dtype, int count, const shift_mix_call *call, int64_t item,
