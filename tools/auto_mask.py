@@ -12,7 +12,6 @@ import argparse
 import inspect
 import io
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vision.data import ImageReadError, list_images, overlay, palette, read_image
+from vision.files import write_whole
 from vision.models.checkpoint import CheckpointError
 from vision.sam.amg_results import coco_dataset, coco_image, instance_map
 from vision.sam.automatic import AutomaticMaskGenerator
@@ -79,10 +79,11 @@ def main() -> int:
             if args.format == "png":
                 write_pictures(results[path], image, records)
             else:
-                write_whole(results[path], coco_image(name, image.shape[:2], records))
+                described = coco_image(name, image.shape[:2], records)
+                write_whole(results[path], json.dumps(described))
     if args.format == "coco":
         parts = (json.loads(part.read_bytes()) for part in results.values() if part.exists())
-        write_whole(args.out_dir / "masks.json", coco_dataset(parts))
+        write_whole(args.out_dir / "masks.json", json.dumps(coco_dataset(parts)))
     print(f"{len(files) - len(failed)} of {len(files)} images done, see {args.out_dir}")
     for message in failed:
         print(f"failed: {message}", file=sys.stderr)
@@ -92,7 +93,7 @@ def main() -> int:
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Keep the settings beside the results; ValueError if these come from other settings."""
     if not path.exists():
-        write_whole(path, settings)
+        write_whole(path, json.dumps(settings))
     before = json.loads(path.read_bytes())
     other = [f"{k}={before.get(k)}" for k in settings if before.get(k) != settings[k]]
     if other:
@@ -110,14 +111,6 @@ def write_pictures(path: Path, image: np.ndarray, records: list[dict[str, Any]])
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
         write_whole(place, file.getvalue())
-
-
-def write_whole(path: Path, data: bytes | dict[str, Any]) -> None:
-    """Write bytes, or JSON, so that the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

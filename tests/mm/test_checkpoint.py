@@ -16,8 +16,6 @@ from torch.testing import assert_close
 from vision.mm.checkpoint import (
     AtomicCheckpointHook,
     newest_whole_checkpoint,
-    remove_leftovers,
-    write_atomic,
 )
 from vision.mm.plain import from_plain, to_plain
 from vision.mm.reading import check_whole, read_run_checkpoint
@@ -171,31 +169,6 @@ def test_config_text_of_a_checkpoint_is_not_executed_at_resume(tmp_path, toy):
     runner.train()
     assert runner.epoch == 2
     assert not sign.exists()
-
-
-# --- writing ---
-
-
-def test_write_atomic_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatch):
-    path = tmp_path / "x"
-    write_atomic(path, "old")
-
-    def full(fd: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as m:
-        m.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space"):
-            write_atomic(path, "new")
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["x"]
-
-
-def test_leftovers_only_are_removed(tmp_path):
-    for name in (".epoch_1.pth.77.tmp", "epoch_1.pth", "notes.tmp"):
-        (tmp_path / name).touch()
-    assert remove_leftovers(tmp_path) == [".epoch_1.pth.77.tmp"]
-    assert sorted(os.listdir(tmp_path)) == ["epoch_1.pth", "notes.tmp"]
 
 
 def save(path: Path, saved_at: float) -> None:

@@ -129,7 +129,7 @@ def test_second_run_does_only_what_is_left(
 
 
 def test_a_run_that_was_killed_while_writing_goes_on(
-    made: Path, run: Run, tool: ModuleType, monkeypatch: pytest.MonkeyPatch
+    made: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*args: object) -> None:
         raise KeyboardInterrupt
@@ -138,7 +138,7 @@ def test_a_run_that_was_killed_while_writing_goes_on(
         replace = os.replace
         # The settings and the first image are written; the second is not there under its name.
         calls = [replace, replace, killed]
-        patch.setattr(tool.os, "replace", lambda *a: calls.pop(0)(*a))
+        patch.setattr(os, "replace", lambda *a: calls.pop(0)(*a))
         with pytest.raises(KeyboardInterrupt):
             run()
     assert not (made / "out" / "masks.json").exists()

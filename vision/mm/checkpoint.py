@@ -15,6 +15,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
+from vision.files import remove_leftovers, write_whole
 from vision.models.checkpoint import CheckpointError, check_fit
 
 from .plain import from_plain, to_plain
@@ -23,46 +24,13 @@ from .reading import check_whole, read_run_checkpoint
 POINTER = "last_checkpoint"  # mmengine's name
 
 
-def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Write a file so that whoever looks finds the old one or the new one, whole.
-
-    The data goes to a hidden file beside it, to the disk, and then takes the name.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a full disk: give the space back
-        raise
-    if os.name == "posix":  # the new name, too, must reach the disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def remove_leftovers(folder: str | Path) -> list[str]:
-    """Delete what a killed `write_atomic` left in a folder; returns the names."""
-    leftovers = sorted(Path(folder).glob(".*.tmp"))
-    for leftover in leftovers:
-        leftover.unlink(missing_ok=True)
-    return [leftover.name for leftover in leftovers]
-
-
 @register_backend("atomic", force=True)
 class AtomicBackend(LocalBackend):
     """mmengine's local files, written by `write_atomic`."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write bytes to a file."""
-        write_atomic(filepath, obj)
+        write_whole(filepath, obj)
 
 
 class _RemoveLater:
@@ -244,7 +212,7 @@ class AtomicCheckpointHook(CheckpointHook):
             backend_args=self.backend_args,
         )
         if is_main_process():
-            write_atomic(Path(runner.work_dir) / POINTER, self.last_ckpt)
+            write_whole(Path(runner.work_dir) / POINTER, self.last_ckpt)
         if self.max_keep_ckpts > 0:
             outdated = kept[: -self.max_keep_ckpts]
             self.keep_ckpt_ids = deque(kept[-self.max_keep_ckpts :], self.max_keep_ckpts)

@@ -18,7 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
-from .checkpoint import write_atomic
+from vision.files import write_whole
 
 HISTORY = "history.jsonl"
 CURVES = "curves.png"
@@ -102,7 +102,7 @@ class TrainingCurveHook(Hook):
         path = Path(runner.work_dir) / HISTORY
         self.records = [r for r in read_history(path) if r["iter"] <= runner.iter]
         self._earlier_s = self.records[-1]["wall_s"] if self.records else 0.0
-        write_atomic(path, "".join(json.dumps(r) + "\n" for r in self.records))
+        write_whole(path, "".join(json.dumps(r) + "\n" for r in self.records))
 
     def before_train_epoch(self, runner: Any) -> None:
         """Start the clock of an iteration."""
@@ -169,8 +169,8 @@ class TrainingCurveHook(Hook):
     def _write(self, runner: Any, finished: bool) -> None:
         folder = Path(runner.work_dir)
         summary = self.summary(runner, finished)
-        write_atomic(folder / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        write_atomic(folder / CURVES, draw_curves(self.records))
+        write_whole(folder / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        write_whole(folder / CURVES, draw_curves(self.records))
 
     def summary(self, runner: Any, finished: bool) -> dict[str, Any]:
         """What the run did, as plain JSON."""

@@ -1,7 +1,6 @@
 """Reading weights from files that others wrote: safe, strict, and clear when it fails."""
 
 import difflib
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from vision.files import replacing
 
 
 class CheckpointError(RuntimeError):
@@ -209,13 +210,11 @@ def write_weights(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise ValueError(f"wanted a name ending in .safetensors, .pth or .pt, got {path.name!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     plain = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
-    if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
+    with replacing(path) as part:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
 
-        save_file(plain, part)
-    else:
-        torch.save(plain, part)
-    os.replace(part, path)
+            save_file(plain, part)
+        else:
+            torch.save(plain, part)

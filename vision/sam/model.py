@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from vision.files import write_whole
 from vision.models.checkpoint import CheckpointError, listing, read_checkpoint, write_weights
 
 from .mask_decoder import MaskDecoder
@@ -286,9 +287,7 @@ class RwkvSam(nn.Module):
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         write_weights(self.state_dict(), root / "model.safetensors")
-        part = root / f"config.json.{os.getpid()}.part"
-        part.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, root / "config.json")
+        write_whole(root / "config.json", json.dumps(self.config, indent=2) + "\n")
 
     @staticmethod
     def from_pretrained(source: str | os.PathLike[str]) -> "RwkvSam":

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from vision.files import replacing
+
 from .model import STRIDE, RwkvSam
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
@@ -177,8 +179,7 @@ def _write(
     outputs: list[str],
     shapes: dict[str, Any],
 ) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), replacing(path) as part:
         warnings.simplefilter("ignore", DeprecationWarning)  # of the exporter's own libraries
         torch.onnx.export(
             module,
@@ -191,4 +192,3 @@ def _write(
             external_data=False,
             verbose=False,
         )
-    os.replace(part, path)
