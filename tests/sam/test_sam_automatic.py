@@ -19,6 +19,14 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from vision.data import read_image
+from vision.data.rle import (
+    area_of_rle,
+    box_of_rle,
+    compressed_rle,
+    decode_rle,
+    encode_masks,
+    uncompressed_rle,
+)
 from vision.sam import automatic
 from vision.sam.amg_crops import (
     build_point_grid,
@@ -36,14 +44,6 @@ from vision.sam.amg_masks import (
 from vision.sam.automatic import OUTPUT_MODES, AutomaticMaskGenerator
 from vision.sam.checkpoint import load_sam_state_dict
 from vision.sam.model import RwkvSam, build_sam_compatible, create_sam
-from vision.sam.rle import (
-    area_of_rle,
-    box_of_rle,
-    compressed_rle,
-    decode_rle,
-    encode_masks,
-    uncompressed_rle,
-)
 
 Record = dict[str, Any]
 SIDES = st.integers(1, 24)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .rle import box_of_rle, decode_rle
+from vision.data.rle import box_of_rle, decode_rle
 
 Record = Mapping[str, Any]  # of `AutomaticMaskGenerator.generate`, with either kind of run lengths
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from torchvision.ops import nms
 from tqdm import tqdm
 
+from vision.data.rle import Rle, area_of_rle, decode_rle, encode_masks, uncompressed_rle
+
 from .amg_crops import Crop, build_point_grids, crop_boxes, is_box_near_crop_edge
 from .amg_masks import (
     boxes_of_masks,
@@ -19,7 +21,6 @@ from .amg_masks import (
     stability_score,
 )
 from .model import ImageEmbedding, RwkvSam
-from .rle import Rle, area_of_rle, decode_rle, encode_masks, uncompressed_rle
 from .transforms import ImageLike, as_rgb, resize_longest_side, scale_coords
 
 # Pixels of the logits that are looked at together: with all that is computed from them, about

@@ -4,6 +4,7 @@ Runs go down the columns, begin with the length of the first run of zeros (0 if 
 set) and alternate (pycocotools).
 """
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -61,6 +62,26 @@ def compressed_rle(rle: Rle) -> Rle:
         )
     found = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     return {"size": [height, width], "counts": found["counts"].decode("ascii")}
+
+
+def polygons_to_rle(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> Rle:
+    """Return the run lengths of the union of polygons.
+
+    Args:
+        polygons: each x0, y0, x1, y1, ... in pixels, of three points at least.
+        size: height and width of the mask.
+
+    Raises:
+        ValueError: no polygon, or one of too few numbers.
+    """
+    wrong = [len(p) for p in polygons if len(p) < 6 or len(p) % 2]
+    if wrong or not polygons:
+        raise ValueError(
+            "polygons want at least three points as x0, y0, x1, y1, ..., got "
+            f"{f'{wrong[0]} numbers' if wrong else 'none'}"
+        )
+    merged = coco_mask.merge(coco_mask.frPyObjects([list(p) for p in polygons], *size))
+    return {"size": list(size), "counts": merged["counts"].decode("ascii")}
 
 
 def uncompressed_rle(rle: Rle) -> Rle:
