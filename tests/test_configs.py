@@ -66,7 +66,7 @@ def stand_in(cfg: Config, root: Path) -> None:
             holder.dataset = Config(
                 {"type": "DigitClassification", "split": split, "size": SIDE // 2, "length": 2}
             )._cfg_dict
-        elif dataset.type == "DigitSceneSegmentation":
+        elif dataset.type in ("DigitSceneSegmentation", "DigitPrompts"):
             dataset.update(size=SIDE, length=2)
         else:
             dataset.data_root = str(root)
@@ -116,6 +116,7 @@ def test_config_trains_a_step(path: Path, tmp_path: Path) -> None:
     assert len(moved) > len(before) // 2, "one step must move the parameters"
     metrics = {k for k in runner.message_hub.log_scalars if k.startswith("val/")}
     wanted = "seg/mIoU" if "decode_head" in cfg.model else "accuracy/top1"
+    wanted = "sam/box_mIoU" if cfg.model.type == "PromptableSegmentor" else wanted
     assert any(wanted in k for k in metrics)
 
 

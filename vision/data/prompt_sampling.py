@@ -236,8 +236,8 @@ class PromptSampler:
             generator: of the random numbers; a seeded one gives the same prompts again.
 
         Returns:
-            The prompts, the shorter ones padded with points of label -1 (one at least, as the
-            decoder knows prompts without a box).
+            The prompts, the shorter ones padded with points of label -1 (those without a box by
+            one at least, as a decoder gets them from `vision.sam.PromptEncoder`).
 
         Raises:
             ValueError: an empty mask, another dtype or shape.
@@ -248,7 +248,7 @@ class PromptSampler:
         drawn = torch.multinomial(self.weights, max(len(masks), 1), True, generator=generator)
         names = tuple(self.names[k] for k in drawn.tolist()[: len(masks)])
         prompts = [kinds[k](mask, generator) for k, mask in zip(names, masks, strict=True)]
-        longest = max((len(labels) for _, labels in prompts), default=0) + 1
+        longest = max((len(found) + (TOP_LEFT not in found) for _, found in prompts), default=0)
         coords = torch.zeros(len(masks), longest, 2)
         labels = torch.full((len(masks), longest), PADDING)
         logits = torch.zeros(len(masks), 1, *mask_size)

@@ -18,6 +18,7 @@ from . import (  # noqa: E402 -- compat must come before anything that imports m
     metrics,
     optim,
     pictures,
+    promptable,
     resume,
     transforms,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "metrics",
     "optim",
     "pictures",
+    "promptable",
     "resume",
     "transforms",
 ]

@@ -22,7 +22,7 @@ class PredictionSheetHook(Hook):
     """Write one PNG with images from all over an evaluation and what the model said of them.
 
     Classification: the image, predicted and true class. Segmentation: image, annotation and
-    prediction side by side.
+    prediction side by side. Promptable: image, annotation, masks from boxes and from clicks.
 
     Args:
         images: how many images the sheet shows.
@@ -111,13 +111,15 @@ def draw_prediction(image: Tensor, output: Any, meta: dict[str, Any]) -> tuple[n
 
     Args:
         image: uint8 RGB (3, H, W).
-        output: a dict of `ImageClassifier`, or mmseg's SegDataSample.
+        output: a dict of `ImageClassifier` or `PromptableSegmentor`, or mmseg's SegDataSample.
         meta: the data set's metainfo, with classes and, for segmentation, palette.
 
     Returns:
         A picture, uint8 (h, w, 3), and its caption.
     """
     picture = np.ascontiguousarray(image.cpu().numpy().transpose(1, 2, 0))
+    if isinstance(output, dict) and "box" in output:
+        return _prompted(picture, output)
     if isinstance(output, dict):
         found = int(output["scores"].argmax())
         names = dict(enumerate(map(str, meta["classes"])))
@@ -135,6 +137,18 @@ def draw_prediction(image: Tensor, output: Any, meta: dict[str, Any]) -> tuple[n
         panels.insert(1, overlay(picture, truth, colours, 0.7))
     name = Path(str(output.metainfo.get("img_path", ""))).name
     return np.concatenate(panels, axis=1), f"{name}: image, annotation, prediction"
+
+
+def _prompted(picture: np.ndarray, output: dict[str, Any]) -> tuple[np.ndarray, str]:
+    """The objects as they are, and as they were found from their box and from a click."""
+    colours = palette(len(output["true"]) + 1)
+    panels = [picture]
+    for kind in ("true", "box", "click"):
+        panel = picture
+        for mask, colour in zip(output[kind].numpy(), colours[1:], strict=True):
+            panel = overlay(panel, mask.astype(np.uint8), np.stack([colour, colour]), 0.6, (0,))
+        panels.append(panel)
+    return np.concatenate(panels, axis=1), "image, annotation, from boxes, from clicks"
 
 
 def _small(tile: np.ndarray) -> np.ndarray:

@@ -133,7 +133,7 @@ class MaskDecoder(nn.Module):
         sparse: Tensor,
         dense: Tensor,
         share: Tensor | None = None,
-        multimask_output: bool = True,
+        multimask_output: bool | None = True,
     ) -> tuple[Tensor, Tensor]:
         """Decode N prompts of one image, or one prompt of each of N images.
 
@@ -144,10 +144,12 @@ class MaskDecoder(nn.Module):
             dense: map added to the embedding, (N or 1, dim, h, w) or (1, dim, 1, 1).
             share: `high_res.image_share` of the image(s), (1 or N, dim/4, 4h, 4w); None if the
                 decoder has no high-resolution branch.
-            multimask_output: the masks for an ambiguous prompt instead of the single one.
+            multimask_output: the masks for an ambiguous prompt instead of the single one; None
+                for all, the single one first, as training wants them.
 
         Returns:
-            Logits (N, M, 4h, 4w) and predicted IoU (N, M); M is 1, or `num_multimask_outputs`.
+            Logits (N, M, 4h, 4w) and predicted IoU (N, M); M is 1, or `num_multimask_outputs`, or
+            both together.
 
         Raises:
             ValueError: masks that this decoder does not have, or a share that is missing or too
@@ -168,14 +170,16 @@ class MaskDecoder(nn.Module):
         tokens = torch.cat([own.expand(sparse.shape[0], -1, -1), sparse], dim=1)
         found, image = self.transformer(embedding + dense, image_pe, tokens)
 
-        chosen = range(1, self.fed) if multimask_output else range(1)
+        chosen = range(self.fed)
+        if multimask_output is not None:
+            chosen = chosen[1:] if multimask_output else chosen[:1]
         weights = torch.stack(
             [self.output_hypernetworks_mlps[i](found[:, 1 + i]) for i in chosen], dim=1
         )  # (N, M, dim/8)
         up = self._upscale(image.transpose(1, 2).unflatten(2, embedding.shape[-2:]), share)
         masks = (weights @ up.flatten(2)).unflatten(2, up.shape[-2:])
         iou = self.iou_prediction_head(found[:, 0])
-        return masks, iou[:, 1:] if multimask_output else iou[:, :1]
+        return masks, iou[:, chosen.start : chosen.stop]
 
     def _upscale(self, image: Tensor, share: Tensor | None) -> Tensor:
         up = self.output_upscaling(image)  # (N, dim/8, 4h, 4w)

@@ -1,0 +1,154 @@
+"""What a promptable model learns from: losses of sampled prompts and of corrected ones.
+
+The rounds are those of Segment Anything (arXiv:2304.02643, appendix A): a first prompt, then clicks
+where the prediction is wrong, with the last prediction as a mask prompt.
+"""
+
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vision.data.prompt_sampling import PromptSampler, SampledPrompts, next_click
+from vision.losses import (
+    dice_loss,
+    iou_regression_loss,
+    point_sample,
+    sample_uncertain_points,
+    sigmoid_cross_entropy,
+)
+
+from .model import STRIDE, ImageEmbedding, RwkvSam
+
+
+class PromptableLoss:
+    """Losses of one image with several objects.
+
+    Args:
+        sampler: draws the first prompts.
+        corrections: rounds of clicks after them.
+        num_points: points a mask at which the losses are taken.
+        ce_weight: of the cross entropy.
+        dice_weight: of the dice loss.
+        iou_weight: of the squared error of the predicted IoU.
+        others_weight: of the mean over the three masks beside the best of them, so that a head
+            that is never the best learns all the same (arXiv:1612.00197); 0 as Segment Anything.
+    """
+
+    def __init__(
+        self,
+        sampler: PromptSampler,
+        corrections: int = 1,
+        num_points: int = 12_544,
+        ce_weight: float = 5.0,
+        dice_weight: float = 5.0,
+        iou_weight: float = 1.0,
+        others_weight: float = 0.05,
+    ) -> None:
+        if corrections < 0 or num_points < 1:
+            raise ValueError(
+                f"wanted corrections >= 0 and num_points >= 1, got {corrections} and {num_points}"
+            )
+        self.sampler = sampler
+        self.corrections = corrections
+        self.num_points = num_points
+        self.others_weight = others_weight
+        self.weights = {"ce": ce_weight, "dice": dice_weight, "iou": iou_weight}
+
+    def __call__(self, model: RwkvSam, image: ImageEmbedding, masks: Tensor) -> dict[str, Tensor]:
+        """Sample prompts, decode them, and compare.
+
+        Args:
+            model: its decoder is trained, and what `image` was computed by.
+            image: embedding of one image.
+            masks: of its objects, bool (N, H, W), the size of the encoded image, none empty.
+
+        Returns:
+            Weighted losses by name, each the mean over objects and rounds: "loss_ce",
+            "loss_dice" and "loss_iou".
+
+        Raises:
+            ValueError: masks of another size than the image.
+        """
+        if tuple(masks.shape[1:]) != tuple(image.input_size):
+            raise ValueError(
+                f"masks want the size of the encoded image {tuple(image.input_size)}, got "
+                f"{tuple(masks.shape[1:])}"
+            )
+        h, w = image.embedding.shape[-2:]
+        bottom, right = STRIDE * h - masks.shape[1], STRIDE * w - masks.shape[2]
+        targets = F.pad(masks, (0, right, 0, bottom))  # the frame of the logits
+        prompts = self.sampler(masks.cpu(), (4 * h, 4 * w))
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        for round_ in range(self.corrections + 1):
+            logits, iou = self._decode(model, image, prompts)
+            for name, value in self._losses(logits, iou, targets).items():
+                found[name].append(value)
+            if round_ < self.corrections:
+                prompts = _corrected(prompts, logits.detach()[:, :1], masks.cpu())
+        return {
+            f"loss_{name}": self.weights[name] * torch.stack(values).mean()
+            for name, values in found.items()
+        }
+
+    @staticmethod
+    def _decode(
+        model: RwkvSam, image: ImageEmbedding, prompts: SampledPrompts
+    ) -> tuple[Tensor, Tensor]:
+        """All masks of all prompts: logits (N, M, 4h, 4w) and predicted IoU (N, M)."""
+        h, w = image.embedding.shape[-2:]
+        device = image.embedding.device
+        sparse, dense = model.prompt_encoder(
+            (prompts.coords.to(device), prompts.labels.to(device)),
+            None,
+            prompts.masks.to(device),
+            (STRIDE * h, STRIDE * w),
+            prompts.with_mask.to(device),
+        )
+        every = False if model.mask_decoder.single_mask else None
+        place = model.prompt_encoder.position.grid((h, w))
+        # Corners came as points, so one padding point too many was added.
+        return model.mask_decoder(
+            image.embedding, place, sparse[:, :-1], dense, image.share, multimask_output=every
+        )
+
+    def _losses(self, logits: Tensor, iou: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Of the single mask, and of the best of those for ambiguous prompts."""
+        count, several = logits.shape[:2]
+        flat = logits.float().flatten(0, 1)[:, None]  # (N * M, 1, 4h, 4w)
+        points = sample_uncertain_points(flat, self.num_points)
+        truth = targets.to(flat)[:, None].repeat_interleave(several, 0)
+        at_points = point_sample(truth, points)[:, 0]
+        guess = point_sample(flat, points)[:, 0]
+        small = F.interpolate(targets.to(flat)[:, None], logits.shape[-2:], mode="area")
+        losses = {
+            "ce": sigmoid_cross_entropy(guess, at_points),
+            "dice": dice_loss(guess, at_points),
+            "iou": iou_regression_loss(
+                iou.float().flatten(), flat[:, 0], small[:, 0].repeat_interleave(several, 0)
+            ),
+        }
+        losses = {name: value.view(count, several) for name, value in losses.items()}
+        total = sum(self.weights[name] * losses[name] for name in ("ce", "dice"))
+        assert isinstance(total, Tensor)
+        used = {}
+        for name in ("ce", "dice"):
+            value = losses[name][:, 0].mean()
+            if several > 1:
+                best = total[:, 1:].argmin(1, keepdim=True)
+                value = value + losses[name][:, 1:].gather(1, best).mean()
+                value = value + self.others_weight * losses[name][:, 1:].mean()
+            used[name] = value
+        return {**used, "iou": losses["iou"].mean()}
+
+
+def _corrected(prompts: SampledPrompts, logits: Tensor, masks: Tensor) -> SampledPrompts:
+    """Add the click that corrects the prediction, and the prediction as a mask prompt."""
+    logits = logits.float().cpu()
+    size = masks.shape[1:]
+    whole = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=False)
+    pred = whole[:, 0, : size[0], : size[1]] > 0
+    longer = prompts.add(*next_click(pred, masks))
+    used = torch.ones(len(masks), dtype=torch.bool)
+    return SampledPrompts(longer.coords, longer.labels, logits, used, prompts.kinds)
