@@ -2,7 +2,7 @@
 
     python tools/train.py configs/rwkv_sam/rwkv-sam-nano_1xb8-12e_digit-prompts-128.py
 
-Nothing is downloaded. Expected: see docs/rwkv_sam.md.
+Nothing is downloaded. Expected: mIoU 66.5 from boxes, 51.0 from a click (docs/rwkv_sam.md).
 """
 
 _base_ = [
