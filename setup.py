@@ -76,6 +76,7 @@ setup(
         "pycocotools>=2.0.7",
         "albumentations>=2.0.8,<2.1",
         "numpy>=1.26",
+        "scipy>=1.11",
         "pillow>=10",
         "matplotlib>=3.8",
         "safetensors>=0.4",

@@ -33,7 +33,7 @@ from benchmarks.measure import (
     side_by_side,
     threads,
 )
-from vision.sam import RwkvSam, create_sam
+from vision.sam import RwkvSam, create_sam, list_sams
 from vision.sam.automatic import AutomaticMaskGenerator
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -122,10 +122,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tasks", nargs="+", default=["encoder", "prompts", "grid"])
+    tasks = ["encoder", "prompts", "grid"]
+    parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=list(ENCODERS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[1024])
-    parser.add_argument("--model", default="rwkv_sam_small", help="of the prompts and the grids")
+    parser.add_argument(
+        "--model",
+        choices=list_sams(),
+        default="rwkv_sam_small",
+        help="of prompts and grids",
+    )
     parser.add_argument("--sides", nargs="+", type=int, default=[8, 16, 32], help="of the grids")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each row")

@@ -67,6 +67,25 @@ class OnnxSam:
         return masks[0], iou[0]
 
 
+def numbers(text: str, *counts: int) -> tuple[float, ...]:
+    """Numbers by comma, as many as one of `counts` says."""
+    found = tuple(map(float, text.split(",")))
+    if len(found) not in counts:
+        raise ValueError
+    return found
+
+
+def point(text: str) -> tuple[float, float, int]:
+    """x,y or x,y,label as x, y, label."""
+    x, y, label = (*numbers(text, 2, 3), 1)[:3]
+    return x, y, int(label)
+
+
+def box(text: str) -> tuple[float, ...]:
+    """x0,y0,x1,y1."""
+    return numbers(text, 4)
+
+
 def main() -> None:
     """Write the best mask of the prompts."""
     parser = argparse.ArgumentParser(
@@ -74,18 +93,25 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("image", type=Path)
-    parser.add_argument("--point", action="append", default=[], help="x,y or x,y,label")
-    parser.add_argument("--box", help="x0,y0,x1,y1")
+    parser.add_argument("--point", type=point, action="append", default=[], help="x,y[,label]")
+    parser.add_argument("--box", type=box, help="x0,y0,x1,y1")
     parser.add_argument("--image-size", type=int, default=1024)
     parser.add_argument("--out", type=Path, default=Path("mask.png"))
     args = parser.parse_args()
-    points = [(*map(float, text.split(",")), 1)[:3] for text in args.point]
-    box = tuple(map(float, args.box.split(","))) if args.box else None
-    if not points and box is None:
+    if not args.point and args.box is None:
         parser.error("give a --point or a --box")
+    missing = [n for n in ("encoder.onnx", "decoder.onnx") if not (args.folder / n).is_file()]
+    if missing:
+        parser.error(
+            f"{args.folder} lacks {' and '.join(missing)}; tools/export_onnx.py writes both"
+        )
+    try:
+        image = Image.open(args.image).convert("RGB")
+    except OSError as error:  # missing, no image, cut off
+        parser.error(f"cannot read the image {args.image}: {error}")
     sam = OnnxSam(args.folder, args.image_size)
-    sam.set_image(Image.open(args.image))
-    masks, iou = sam.predict(points, box)
+    sam.set_image(image)
+    masks, iou = sam.predict(args.point, args.box)
     best = int(iou.argmax())
     Image.fromarray(masks[best] > 0).save(args.out)
     print(f"wrote {args.out}, predicted IoU {iou[best]:.2f}")

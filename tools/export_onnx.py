@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a bare
 import numpy as np
 import torch
 
-from vision.data import ImageReadError, read_image
+from vision.data import read_image
 from vision.models.checkpoint import CheckpointError
 from vision.sam import RwkvSam, create_sam, list_sams
 from vision.sam.onnx import export_onnx
@@ -86,7 +86,7 @@ def main() -> int:
         images = [read_image(path) for path in args.images]
         model = create_sam(args.model, args.checkpoint)
         paths = export_onnx(model, args.out_dir, not args.single_mask, args.overwrite)
-    except (CheckpointError, FileExistsError, ImageReadError, ValueError) as error:
+    except (CheckpointError, FileExistsError, FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     for path in paths:
         print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")

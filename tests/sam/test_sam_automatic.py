@@ -18,7 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-from vision.data import read_image
+from vision.data import boxes_of_masks, read_image
 from vision.data.rle import (
     area_of_rle,
     box_of_rle,
@@ -35,7 +35,6 @@ from vision.sam.amg_crops import (
     is_box_near_crop_edge,
 )
 from vision.sam.amg_masks import (
-    boxes_of_masks,
     fill_small_holes,
     paste_masks,
     remove_small_islands,

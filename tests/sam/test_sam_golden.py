@@ -22,13 +22,8 @@ pytestmark = pytest.mark.golden
 
 
 @pytest.fixture(scope="module")
-def golden() -> dict[str, Any]:
-    from os import environ
-
-    root = Path(environ.get("VISION_SHARED", "../shared")) / "golden" / "rwkv_sam_decoder.pt"
-    if not root.is_file():
-        pytest.skip(f"no {root} (set VISION_SHARED)")
-    return torch.load(root, weights_only=True)
+def golden(shared: Path) -> dict[str, Any]:
+    return torch.load(shared / "golden" / "rwkv_sam_decoder.pt", weights_only=True)
 
 
 def _models(golden: dict[str, Any]) -> tuple[PromptEncoder, MaskDecoder, Neck, dict[str, int]]:

@@ -289,3 +289,13 @@ def test_segment_anything_checkpoint() -> None:
         load_sam_state_dict(ours, state)
     with pytest.raises(CheckpointError, match="wanted a Segment Anything checkpoint"):
         load_sam_state_dict(ours, {"encoder.x": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    "text", ['{"encoder": "rwkv_', '{"encoder": "rwkv_sam_nano", "size": 3}', "[]"]
+)
+def test_a_config_that_cannot_be_read_is_named(text: str, tmp_path: Path) -> None:
+    create_sam("rwkv_sam_nano").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json is no config"):
+        RwkvSam.from_pretrained(tmp_path)

@@ -11,7 +11,7 @@ from vision.data.image_io import (
     read_image,
     read_mask,
 )
-from vision.data.instances import box_of_mask, interior_point
+from vision.data.instances import box_of_mask, boxes_of_masks, interior_point
 from vision.data.label_noise import LabelNoise
 from vision.data.pictures import contact_sheet, draw_sample, overlay, palette
 from vision.data.transforms import AlbumentationsTransform, ClassificationTransform
@@ -25,6 +25,7 @@ __all__ = [
     "LabelError",
     "LabelNoise",
     "box_of_mask",
+    "boxes_of_masks",
     "check_labels",
     "contact_sheet",
     "create_classification_dataset",

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from vision.metrics import boundary_dilation, mask_boundary
 
+from .instances import boxes_of_masks
+
 POSITIVE, NEGATIVE, TOP_LEFT, BOTTOM_RIGHT, PADDING = 1, 0, 2, 3, -1
 _LOGIT = 6.0  # of a sure pixel in a mask prompt, as a trained decoder gives them
 _MOST_JITTER = 20.0  # pixels; Segment Anything, arXiv:2304.02643, appendix A
@@ -59,11 +61,9 @@ def tight_box(mask: Tensor) -> Tensor:
     Raises:
         ValueError: no pixel is True.
     """
-    rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
-    if not len(rows):
+    if not mask.any():
         raise ValueError("an empty mask has no prompt; drop the instance first")
-    ends = [columns[0], rows[0], columns[-1], rows[-1]]
-    return torch.stack(ends).float()
+    return boxes_of_masks(mask[None])[0].float()
 
 
 def jittered_box(

@@ -12,8 +12,8 @@ from mmengine.registry import DATASETS, METRICS, MODELS
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vision.data import DigitScenes, interior_point
-from vision.data.prompt_sampling import PromptSampler, tight_box
+from vision.data import DigitScenes, boxes_of_masks, interior_point
+from vision.data.prompt_sampling import PromptSampler
 from vision.metrics import boundary_iou, mask_iou
 from vision.sam import create_sam
 from vision.sam.training import PromptableLoss
@@ -94,7 +94,7 @@ class PromptableSegmentor(BaseModel):
         size = (x.shape[1], x.shape[2])
         image = self.sam.encode_image(x[None])
         targets = masks.cpu()
-        boxes = torch.stack([tight_box(mask) for mask in targets]).to(x.device)
+        boxes = boxes_of_masks(targets).to(x.device, torch.float32)
         places = np.stack([interior_point(mask.numpy()) for mask in targets])
         clicks = torch.from_numpy(places)[:, None].to(x.device)
         ones = torch.ones(clicks.shape[:2], device=x.device)

@@ -1,7 +1,9 @@
 """Reading weights from files that others wrote: safe, strict, and clear when it fails."""
 
 import difflib
+import math
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vision.files import replacing
+from vision.layers.pos_embed import resample_pos_embed
 
 
 class CheckpointError(RuntimeError):
@@ -164,6 +167,107 @@ def with_weights_of_file(
     return {**kwargs, "pretrained_cfg_overlay": {**overlay, "state_dict": weights}}
 
 
+def split_prefix(
+    state: Mapping[str, Tensor], stem: str, network: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split a checkpoint into the entries of one network, prefix removed, and the rest.
+
+    Args:
+        state: the checkpoint's parameters.
+        stem: pattern of the name that every such network has exactly once, the prefix left out.
+        network: what the message calls the network.
+
+    Raises:
+        CheckpointError: no entry or several have that name.
+    """
+    found = [m for m in (re.search(rf"(?:^|\.)({stem})$", key) for key in state) if m]
+    if len(found) != 1:
+        plain = stem.replace("\\", "").replace("?:", "").replace("?", "")
+        raise CheckpointError(
+            f"wanted the weights of one {network}, with one {plain}; found {len(found)} among "
+            f"{len(state)} keys: {listing(state)}"
+        )
+    prefix = found[0].string[: found[0].start(1)]
+    inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    outside = {k: v for k, v in state.items() if not k.startswith(prefix)}
+    return inside, outside
+
+
+def rename(
+    state: Mapping[str, Tensor],
+    rules: Sequence[tuple[str, str]],
+    left_out: re.Pattern[str] | None = None,
+) -> dict[str, Tensor]:
+    """Give a checkpoint's parameters other names.
+
+    Args:
+        state: name -> tensor.
+        rules: patterns and what replaces them, applied to each name one after the other.
+        left_out: parameters whose old name this matches are dropped.
+    """
+    renamed = {}
+    for key, value in state.items():
+        if left_out is not None and left_out.match(key):
+            continue
+        for pattern, name in rules:
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
+    return renamed
+
+
+def check_names(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], head: Sequence[str], options: str
+) -> None:
+    """Compare a checkpoint's names with a model's; the classifier may lack on either side.
+
+    Args:
+        state: the checkpoint's parameters.
+        wanted: the model's.
+        head: names of the classifier's weight and bias.
+        options: arguments of the model that decide about names, for the message.
+
+    Raises:
+        CheckpointError: the message lists the names that do not fit.
+    """
+    unknown = sorted(set(state) - set(wanted) - set(head))
+    missing = sorted(set(wanted) - set(state) - set(head))
+    if unknown or missing:
+        raise CheckpointError(
+            "the checkpoint does not fit this model.\n"
+            f"{_misfits(unknown, missing)}\n"
+            f"Check the model's size and options ({options})."
+        )
+
+
+def fit_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resample the position embedding of a square grid (1, tokens, C) to another one.
+
+    Args:
+        pos_embed: of the checkpoint.
+        grid: rows and columns of the model.
+
+    Raises:
+        CheckpointError: it is no square, so that its rows and columns are not known.
+    """
+    tokens = pos_embed.shape[1]
+    if tokens == grid[0] * grid[1]:
+        return pos_embed
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise CheckpointError(
+            f"the position embedding has {tokens} tokens, no square grid; give the model the "
+            "checkpoint's own img_size"
+        )
+    return resample_pos_embed(pos_embed, (side, side), grid)
+
+
+def _misfits(unknown: Sequence[str], missing: Sequence[str]) -> str:
+    return (
+        f"  not in the model ({len(unknown)}): {listing(unknown) or '-'}\n"
+        f"  not in the checkpoint ({len(missing)}): {listing(missing) or '-'}"
+    )
+
+
 def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> None:
     """Compare a checkpoint's parameters with a model's `state_dict()`.
 
@@ -184,8 +288,7 @@ def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: s
     if shapes or unknown or missing:
         raise CheckpointError(
             f"{name} does not fit the model.\n"
-            f"  not in the model ({len(unknown)}): {listing(unknown) or '-'}\n"
-            f"  not in the checkpoint ({len(missing)}): {listing(missing) or '-'}\n"
+            f"{_misfits(unknown, missing)}\n"
             f"  of another shape ({len(shapes)}): {listing(shapes, 4) or '-'}"
         )
 

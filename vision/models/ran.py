@@ -5,7 +5,6 @@ networks for ImageNet are those of the authors' Caffe definitions, layer by laye
 for CIFAR the paper gives depth and parameter counts alone, and they are a reconstruction.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .checkpoint import (
-    CheckpointError,
-    listing,
+    check_names,
     read_checkpoint,
+    split_prefix,
     unwrap_state_dict,
     with_weights_of_file,
 )
@@ -419,24 +418,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str,
     state = unwrap_state_dict(state_dict)
     if is_caffe(state):
         return from_caffe(state, model)
-    stems = [key for key in state if re.search(r"(^|\.)stem\.conv\.weight$", key)]
-    if len(stems) != 1:
-        raise CheckpointError(
-            "wanted the weights of one Residual Attention Network, with one stem.conv.weight; "
-            f"found {len(stems)} among {len(state)} keys: {listing(state)}"
-        )
-    prefix = stems[0].removesuffix("stem.conv.weight")
-    mapped = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    wanted = model.state_dict()
-    unmapped = sorted(set(mapped) - set(wanted) - {"head.fc.weight", "head.fc.bias"})
-    missing = sorted(k for k in set(wanted) - set(mapped) if not k.startswith("head."))
-    if unmapped or missing:
-        raise CheckpointError(
-            f"the checkpoint does not fit this model.\n"
-            f"  not in the model ({len(unmapped)}): {listing(unmapped) or '-'}\n"
-            f"  not in the checkpoint ({len(missing)}): {listing(missing) or '-'}\n"
-            "Check the model's name and options (m, p, t, r, unit, mask)."
-        )
+    mapped, _ = split_prefix(state, r"stem\.conv\.weight", "Residual Attention Network")
+    head = ("head.fc.weight", "head.fc.bias")
+    check_names(mapped, model.state_dict(), head, "m, p, t, r, unit, mask")
     return mapped
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerNorm2d, global_pool_nlc, to_2tuple, trunc_normal_
+from timm.layers import LayerNorm2d, to_2tuple, trunc_normal_
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -28,11 +28,11 @@ from vision.layers.init import depth_ratio
 from vision.layers.pos_embed import resample_pos_embed
 
 from .checkpoint import with_weights_of_file
+from .classifier import TokenClassifier
 from .rwkv_sam_weights import checkpoint_filter_fn
 
 __all__ = ["ATTN_TYPES", "RwkvSamEncoder", "checkpoint_filter_fn"]
 
-_POOLS = ("", "avg", "max", "avgmax")
 _STRIDE = 16  # of the token grid, in pixels
 _EPS = 1e-6
 # The mixed kinds single out these blocks whatever the depth: a network of 2 blocks has none.
@@ -78,7 +78,7 @@ class Stem(nn.Module):
         return self.conv2(gelu(self.norm(self.conv1(x))))
 
 
-class RwkvSamEncoder(nn.Module):
+class RwkvSamEncoder(TokenClassifier):
     """Hybrid image encoder with a classification head; follows timm's model contract.
 
     Stem and two stages of `MBConv` give maps of stride 4 and 8, a convolution the tokens of stride
@@ -136,17 +136,13 @@ class RwkvSamEncoder(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
-        _check_pool(global_pool)
+        dim = embed_dims[2]
+        width = 2 * dim if final_stage else dim
+        super().__init__(num_classes, global_pool, width, width)
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         if attn_type not in ATTN_TYPES:
             raise ValueError(f"no attn_type {attn_type!r}; there are {', '.join(ATTN_TYPES)}")
-        dim = embed_dims[2]
-        self.num_classes = num_classes
-        self.global_pool: str = global_pool
-        self.num_features = self.head_hidden_size = 2 * dim if final_stage else dim
-        self.grad_checkpointing = False
         self.middle = depth // 2  # the block whose output is the third, without final_stage
 
         self.stem = Stem(in_chans, embed_dims[0])
@@ -205,16 +201,7 @@ class RwkvSamEncoder(nn.Module):
             {"module": name, "num_chs": width, "reduction": stride}
             for name, width, stride in zip(names, widths, strides, strict=True)
         ]
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = self._make_head()
-
-    def _make_head(self) -> nn.Module:
-        if self.num_classes == 0:
-            return nn.Identity()
-        head = nn.Linear(self.head_hidden_size, self.num_classes)
-        trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-        return head
+        self._add_head(drop_rate)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -233,33 +220,6 @@ class RwkvSamEncoder(nn.Module):
             else [(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))],
             "final_stage": r"^final_stage",
         }
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade compute for memory: keep only the inputs of the blocks for the backward pass."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer (an Identity when there are no classes)."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one.
-
-        Args:
-            num_classes: outputs of the new classifier; 0 for none.
-            global_pool: new pooling; None keeps the present one.
-
-        Raises:
-            ValueError: an unknown pooling.
-        """
-        if global_pool is not None:
-            _check_pool(global_pool)
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        like = self.stem.conv1.weight
-        self.head = self._make_head().to(like.device, like.dtype)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make another size the native one: resample the position embedding, if any, for good.
@@ -381,13 +341,7 @@ class RwkvSamEncoder(nn.Module):
 
         With `global_pool=""` there is one answer a token, (B, h*w, num_classes).
         """
-        x = global_pool_nlc(map_to_tokens(x), pool_type=self.global_pool, num_prefix_tokens=0)
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+        return super().forward_head(map_to_tokens(x), pre_logits)
 
 
 def _grid(img_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -406,13 +360,6 @@ def _pad(x: Tensor) -> Tensor:
     if isinstance(bottom, int) and isinstance(right, int) and bottom == right == 0:
         return x
     return F.pad(x, (0, right, 0, bottom))
-
-
-def _check_pool(global_pool: str) -> None:
-    if global_pool not in _POOLS:
-        raise ValueError(
-            f"no global_pool {global_pool!r}; there are {', '.join(map(repr, _POOLS))}"
-        )
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

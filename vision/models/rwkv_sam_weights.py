@@ -1,15 +1,13 @@
 """Weights of RWKV-SAM's encoder under other names: the authors' and our own checkpoints."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from vision.layers.pos_embed import resample_pos_embed
-
-from .checkpoint import CheckpointError, listing, unwrap_state_dict
+from .checkpoint import check_names, fit_pos_embed, rename, split_prefix, unwrap_state_dict
+from .classifier import HEAD_NAMES
 
 # The authors' names inside the backbone -> ours, in order.
 _KEY_MAP = [
@@ -45,20 +43,6 @@ _NOT_ENCODER = re.compile(
 )
 
 
-def _strip_prefix(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split into the encoder's entries, prefix removed, and the rest."""
-    stems = [k for k in state_dict if re.search(r"(^|\.)stem\.conv1\.weight$", k)]
-    if len(stems) != 1:
-        raise CheckpointError(
-            "wanted the weights of one RWKV-SAM encoder, with one stem.conv1.weight; "
-            f"found {len(stems)} among {len(state_dict)} keys: {listing(state_dict)}"
-        )
-    prefix = stems[0].removesuffix("stem.conv1.weight")
-    inside = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-    outside = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
-    return inside, outside
-
-
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
     """Map the authors' and our own checkpoints to the names of `RwkvSamEncoder`; strict.
 
@@ -75,41 +59,14 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str,
         CheckpointError: keys that have no place in the model, keys the model misses, or a
             position embedding that is no square grid; the message lists them.
     """
-    inside, outside = _strip_prefix(unwrap_state_dict(state_dict))
-    mapped: dict[str, Tensor] = {}
-    for part, rules in ((inside, _KEY_MAP + _HEAD_MAP), (outside, _HEAD_MAP)):
-        for key, value in part.items():
-            if _NOT_ENCODER.match(key):
-                continue
-            for pattern, name in rules:
-                key = re.sub(pattern, name, key)
-            mapped[key] = value.flatten() if ".shift_mix." in key else value
-
-    wanted = model.state_dict()
-    unmapped = sorted(set(mapped) - set(wanted) - {"head.weight", "head.bias"})
-    missing = sorted(k for k in set(wanted) - set(mapped) if not k.startswith("head."))
-    if unmapped or missing:
-        raise CheckpointError(
-            f"the checkpoint does not fit this model.\n"
-            f"  not in the model ({len(unmapped)}): {listing(unmapped) or '-'}\n"
-            f"  not in the checkpoint ({len(missing)}): {listing(missing) or '-'}\n"
-            "Check the model's size and options (attn_type, depth, use_pos_embed, final_stage, "
-            "init_values)."
-        )
+    inside, outside = split_prefix(
+        unwrap_state_dict(state_dict), r"stem\.conv1\.weight", "RWKV-SAM encoder"
+    )
+    mapped = rename(inside, _KEY_MAP + _HEAD_MAP, _NOT_ENCODER)
+    mapped |= rename(outside, _HEAD_MAP, _NOT_ENCODER)
+    mapped = {k: v.flatten() if ".shift_mix." in k else v for k, v in mapped.items()}
+    options = "attn_type, depth, use_pos_embed, final_stage, init_values"
+    check_names(mapped, model.state_dict(), HEAD_NAMES, options)
     if "pos_embed" in mapped:
-        mapped["pos_embed"] = _fit_grid(mapped["pos_embed"], model.grid_size)
+        mapped["pos_embed"] = fit_pos_embed(mapped["pos_embed"], model.grid_size)
     return mapped
-
-
-def _fit_grid(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resample a position embedding (1, tokens, C) of a square grid to another one."""
-    tokens = pos_embed.shape[1]
-    if tokens == grid[0] * grid[1]:
-        return pos_embed
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise CheckpointError(
-            f"the position embedding has {tokens} tokens, no square grid; give the model the "
-            "checkpoint's own img_size"
-        )
-    return resample_pos_embed(pos_embed, (side, side), grid)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import PatchEmbed, global_pool_nlc, to_2tuple, trunc_normal_
+from timm.layers import PatchEmbed, to_2tuple
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -27,14 +27,20 @@ from vision.layers.block import Block
 from vision.layers.init import depth_ratio
 from vision.layers.pos_embed import resample_pos_embed
 
-from .checkpoint import CheckpointError, listing, unwrap_state_dict, with_weights_of_file
+from .checkpoint import (
+    check_names,
+    fit_pos_embed,
+    rename,
+    split_prefix,
+    unwrap_state_dict,
+    with_weights_of_file,
+)
+from .classifier import HEAD_NAMES, TokenClassifier, init_linear
 
 __all__ = ["VisionRWKV", "checkpoint_filter_fn"]
 
-_POOLS = ("", "avg", "max", "avgmax")
 
-
-class VisionRWKV(nn.Module):
+class VisionRWKV(TokenClassifier):
     """Vision-RWKV backbone with a classification head; follows timm's model contract.
 
     Any input size of at least one pixel is accepted: sizes that are no multiple of the patch are
@@ -88,15 +94,10 @@ class VisionRWKV(nn.Module):
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
-        _check_pool(global_pool)
+        super().__init__(num_classes, global_pool, embed_dim, head_hidden_size or embed_dim)
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
-        self.num_classes = num_classes
-        self.global_pool: str = global_pool
-        self.num_features = self.embed_dim = embed_dim
-        self.head_hidden_size = head_hidden_size or embed_dim
-        self.grad_checkpointing = False
+        self.embed_dim = embed_dim
 
         self.patch_embed = PatchEmbed(
             img_size=tuple(math.ceil(s / patch_size) * patch_size for s in to_2tuple(img_size)),
@@ -137,16 +138,9 @@ class VisionRWKV(nn.Module):
             self.pre_logits = nn.Sequential()
             self.pre_logits.add_module("fc", nn.Linear(embed_dim, head_hidden_size))
             self.pre_logits.add_module("act", nn.Tanh())
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = self._make_head()
-        self.apply(_init_linear)
-
-    def _make_head(self) -> nn.Module:
-        if self.num_classes == 0:
-            return nn.Identity()
-        head = nn.Linear(self.head_hidden_size, self.num_classes)
-        _init_linear(head)
-        return head
+        self._add_head(drop_rate)
+        # What the published models ran (mmcls' init_cfg): every linear layer, no zeros.
+        init_linear(self.modules())
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -162,32 +156,6 @@ class VisionRWKV(nn.Module):
             if coarse
             else [(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))],
         }
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade compute for memory: keep only the inputs of the blocks for the backward pass."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer (an Identity when there are no classes)."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one.
-
-        Args:
-            num_classes: outputs of the new classifier; 0 for none.
-            global_pool: new pooling; None keeps the present one.
-
-        Raises:
-            ValueError: an unknown pooling.
-        """
-        if global_pool is not None:
-            _check_pool(global_pool)
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        self.head = self._make_head().to(self.pos_embed.device, self.pos_embed.dtype)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make another size the native one: resample the position embedding for good.
@@ -288,28 +256,7 @@ class VisionRWKV(nn.Module):
 
         With `global_pool=""` the token axis stays.
         """
-        x = global_pool_nlc(x, pool_type=self.global_pool, num_prefix_tokens=0)
-        x = self.head_drop(self.pre_logits(x))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-
-def _check_pool(global_pool: str) -> None:
-    if global_pool not in _POOLS:
-        raise ValueError(
-            f"no global_pool {global_pool!r}; there are {', '.join(map(repr, _POOLS))}"
-        )
-
-
-def _init_linear(module: nn.Module) -> None:
-    # What the published models ran (mmcls' init_cfg): every linear layer, no zero initialisation.
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        return self._classify(x, pre_logits, self.pre_logits)
 
 
 # Upstream's names inside the backbone -> ours, in order; `layers.N` is `blocks.N` in its MAE.
@@ -343,20 +290,6 @@ _NOT_BACKBONE = re.compile(
 )
 
 
-def _strip_prefix(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split into the backbone's entries, prefix removed, and the rest."""
-    stems = [k for k in state_dict if re.search(r"(^|\.)patch_embed\.proj(ection)?\.weight$", k)]
-    if len(stems) != 1:
-        raise CheckpointError(
-            "wanted the weights of one Vision-RWKV, with one patch_embed.proj(ection).weight; "
-            f"found {len(stems)} among {len(state_dict)} keys: {listing(state_dict)}"
-        )
-    prefix = stems[0][: stems[0].rindex("patch_embed.")]
-    inside = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-    outside = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
-    return inside, outside
-
-
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
     """Map published and own checkpoints to the names of `VisionRWKV`; strict.
 
@@ -374,36 +307,15 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str,
         CheckpointError: keys that have no place in the model, keys the model misses, or a
             position embedding that is no square grid; the message lists them.
     """
-    inside, outside = _strip_prefix(unwrap_state_dict(state_dict))
-    mapped: dict[str, Tensor] = {}
-    for part, rules in ((inside, _KEY_MAP + _HEAD_MAP), (outside, _HEAD_MAP)):
-        for key, value in part.items():
-            if _NOT_BACKBONE.match(key):
-                continue
-            for pattern, name in rules:
-                key = re.sub(pattern, name, key)
-            mapped[key] = value.flatten() if ".shift_mix." in key else value
-
-    wanted = model.state_dict()
-    unmapped = sorted(set(mapped) - set(wanted) - {"head.weight", "head.bias"})
-    missing = sorted(k for k in set(wanted) - set(mapped) if not k.startswith("head."))
-    if unmapped or missing:
-        raise CheckpointError(
-            f"the checkpoint does not fit this model.\n"
-            f"  not in the model ({len(unmapped)}): {listing(unmapped) or '-'}\n"
-            f"  not in the checkpoint ({len(missing)}): {listing(missing) or '-'}\n"
-            "Check the model's size and options (post_norm, key_norm, init_values, final_norm, "
-            "head_hidden_size)."
-        )
-    grid = model.patch_embed.grid_size
-    if mapped["pos_embed"].shape[1] != grid[0] * grid[1]:
-        side = math.isqrt(mapped["pos_embed"].shape[1])
-        if side * side != mapped["pos_embed"].shape[1]:
-            raise CheckpointError(
-                f"the position embedding has {mapped['pos_embed'].shape[1]} tokens, no square "
-                f"grid; give the model the checkpoint's own img_size"
-            )
-        mapped["pos_embed"] = resample_pos_embed(mapped["pos_embed"], (side, side), grid)
+    inside, outside = split_prefix(
+        unwrap_state_dict(state_dict), r"patch_embed\.proj(?:ection)?\.weight", "Vision-RWKV"
+    )
+    mapped = rename(inside, _KEY_MAP + _HEAD_MAP, _NOT_BACKBONE)
+    mapped |= rename(outside, _HEAD_MAP, _NOT_BACKBONE)
+    mapped = {k: v.flatten() if ".shift_mix." in k else v for k, v in mapped.items()}
+    options = "post_norm, key_norm, init_values, final_norm, head_hidden_size"
+    check_names(mapped, model.state_dict(), HEAD_NAMES, options)
+    mapped["pos_embed"] = fit_pos_embed(mapped["pos_embed"], model.patch_embed.grid_size)
     return mapped
 
 

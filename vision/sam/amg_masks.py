@@ -28,29 +28,6 @@ def _count(masks: Tensor) -> Tensor:
     return masks.sum(-1, dtype=narrow).sum(-1, dtype=torch.int32)
 
 
-def boxes_of_masks(masks: Tensor) -> Tensor:
-    """Return the boxes of masks as segment-anything gives them: from first to last pixel.
-
-    Args:
-        masks: bool, (N, H, W).
-
-    Returns:
-        int64 (N, 4): x0, y0, x1, y1, the indices of the outermost pixels, both inclusive; zeros
-        for an empty mask.
-    """
-    # The largest byte is `any`, which torch takes far longer for on a CPU.
-    pixels = masks.view(torch.uint8)
-    x0, x1, any_pixel = _first_last(pixels.amax(dim=1))
-    y0, y1, _ = _first_last(pixels.amax(dim=2))
-    return torch.stack([x0, y0, x1, y1], dim=1) * any_pixel[:, None]
-
-
-def _first_last(line: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the first and last index of a 1 in each row of zeros and ones, and if there is one."""
-    highest, first = line.max(dim=1)
-    return first, line.shape[1] - 1 - line.flip(1).argmax(dim=1), highest
-
-
 def paste_masks(
     masks: Tensor, crop_box: tuple[int, int, int, int], size: tuple[int, int]
 ) -> Tensor:

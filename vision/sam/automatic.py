@@ -10,11 +10,11 @@ from torch import Tensor
 from torchvision.ops import nms
 from tqdm import tqdm
 
+from vision.data.instances import boxes_of_masks
 from vision.data.rle import Rle, area_of_rle, decode_rle, encode_masks, uncompressed_rle
 
 from .amg_crops import Crop, build_point_grids, crop_boxes, is_box_near_crop_edge
 from .amg_masks import (
-    boxes_of_masks,
     fill_small_holes,
     paste_masks,
     remove_small_islands,

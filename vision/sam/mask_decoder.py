@@ -51,9 +51,7 @@ class HighResolution(nn.Module):
         """The image's part of the mix: (B, channels, 4h, 4w) and (B, channels, 2h, 2w) to
         (B, hidden, 4h, 4w).
         """
-        # An odd side at stride 4 has (side + 1) / 2 cells at stride 8.
-        mr = self.mr_proj(s8)[..., : s4.shape[-2], : s4.shape[-1]]
-        x = torch.cat([mr, self.hr_proj(s4)], dim=1)
+        x = torch.cat([self.mr_proj(s8), self.hr_proj(s4)], dim=1)
         weight, bias = (self.mix.get_parameter(f"0.{name}") for name in ("weight", "bias"))
         return F.conv2d(x, weight[:, self.dim :], bias, padding=1)
 

@@ -298,10 +298,15 @@ class RwkvSam(nn.Module):
 
         Raises:
             FileNotFoundError: neither a folder with both files nor the name of a repository.
-            CheckpointError: weights that do not fit the config.
+            CheckpointError: a config that cannot be read, or weights that do not fit it.
         """
         config_file, weights = _pretrained_files(source)
-        model = build_sam(**json.loads(config_file.read_text(encoding="utf-8")))
+        try:
+            model = build_sam(**json.loads(config_file.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:  # cut off, keys that build_sam has not
+            raise CheckpointError(
+                f"{config_file} is no config that save_pretrained wrote: {error}"
+            ) from error
         from .checkpoint import load_weights
 
         load_weights(model, read_checkpoint(weights))
@@ -374,7 +379,7 @@ def build_sam(
     backbone = timm.create_model(encoder, out_indices=[last[s] for s in wanted], **options)
     channels = backbone.feature_info.channels()
     skip = 2 if high_res else 0
-    stats = backbone.pretrained_cfg if hasattr(backbone, "pretrained_cfg") else {}
+    stats = backbone.pretrained_cfg
     model = RwkvSam(
         backbone,
         PromptEncoder(dim),

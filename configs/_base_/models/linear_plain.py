@@ -4,17 +4,10 @@ the backbone, which suits a CPU.
 A config sets the backbone, its width and the classes.
 """
 
+_base_ = ["./seg_preprocessor.py"]
+
 model = dict(
-    type="EncoderDecoder",
-    data_preprocessor=dict(
-        type="SegDataPreProcessor",
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=False,
-        pad_val=0,
-        seg_pad_val=255,
-        size_divisor=8,
-    ),
+    data_preprocessor=dict(size_divisor=8),
     backbone=dict(type="ZooBackbone", model_name="???", out_indices=(5,)),
     decode_head=dict(
         type="FCNHead",
@@ -28,7 +21,4 @@ model = dict(
         align_corners=False,
         loss_decode=dict(type="PixelCrossEntropy"),
     ),
-    train_cfg=dict(),
-    test_cfg=dict(mode="whole"),
 )
-tta_model = dict(type="SegTTAModel")

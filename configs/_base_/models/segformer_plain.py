@@ -5,18 +5,11 @@ The maps of one stride, 8 px, become a pyramid of strides 4, 8, 16 and 32 (arXiv
 config sets the backbone and the classes.
 """
 
+_base_ = ["./seg_preprocessor.py"]
+
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
-    type="EncoderDecoder",
-    data_preprocessor=dict(
-        type="SegDataPreProcessor",
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=False,
-        pad_val=0,
-        seg_pad_val=255,
-        size_divisor=8,
-    ),
+    data_preprocessor=dict(size_divisor=8),
     backbone=dict(type="ZooBackbone", model_name="???", out_indices=(1, 3, 4, 5)),
     neck=dict(type="Feature2Pyramid", embed_dim=96, rescales=[2, 1, 0.5, 0.25], norm_cfg=norm_cfg),
     decode_head=dict(
@@ -30,7 +23,4 @@ model = dict(
         align_corners=False,
         loss_decode=dict(type="PixelCrossEntropy"),
     ),
-    train_cfg=dict(),
-    test_cfg=dict(mode="whole"),
 )
-tta_model = dict(type="SegTTAModel")

@@ -4,18 +4,11 @@ The maps of one stride become a pyramid of strides 4, 8, 16 and 32 (arXiv:2203.1
 sets the backbone, `embed_dim` of the neck, and the heads' channels and classes.
 """
 
+_base_ = ["./seg_preprocessor.py"]
+
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
-    type="EncoderDecoder",
-    data_preprocessor=dict(
-        type="SegDataPreProcessor",
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=False,
-        pad_val=0,
-        seg_pad_val=255,
-        size=(512, 512),
-    ),
+    data_preprocessor=dict(size=(512, 512)),
     backbone=dict(type="ZooBackbone", model_name="???", out_indices=(2, 5, 8, 11)),
     neck=dict(type="Feature2Pyramid", embed_dim=192, rescales=[4, 2, 1, 0.5], norm_cfg=norm_cfg),
     decode_head=dict(
@@ -43,7 +36,5 @@ model = dict(
         align_corners=False,
         loss_decode=dict(type="PixelCrossEntropy", loss_weight=0.4),
     ),
-    train_cfg=dict(),
     test_cfg=dict(mode="slide", crop_size=(512, 512), stride=(341, 341)),
 )
-tta_model = dict(type="SegTTAModel")

@@ -3,19 +3,11 @@
 A config sets the backbone, and the heads' channels and classes.
 """
 
+_base_ = ["./seg_preprocessor.py"]
+
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
-    type="EncoderDecoder",
-    data_preprocessor=dict(
-        type="SegDataPreProcessor",
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=False,
-        pad_val=0,
-        seg_pad_val=255,
-        size_divisor=32,
-        test_cfg=dict(size_divisor=32),
-    ),
+    data_preprocessor=dict(size_divisor=32, test_cfg=dict(size_divisor=32)),
     backbone=dict(type="ZooBackbone", model_name="???", out_indices=(1, 2, 3, 4)),
     decode_head=dict(
         type="UPerHead",
@@ -42,7 +34,4 @@ model = dict(
         align_corners=False,
         loss_decode=dict(type="PixelCrossEntropy", loss_weight=0.4),
     ),
-    train_cfg=dict(),
-    test_cfg=dict(mode="whole"),
 )
-tta_model = dict(type="SegTTAModel")
