@@ -7,7 +7,10 @@ import ctypes
 import functools
 import hashlib
 import importlib.machinery
-from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_void_p
+import itertools
+import struct
+from collections.abc import Sequence
+from ctypes import c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -20,61 +23,102 @@ LANES = 16
 _ELEMENTS_PER_THREAD = 1 << 14
 # Dtypes of computation; inputs may also be bfloat16 and float16.
 DTYPES = frozenset({torch.float32})
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class CpuKernelError(RuntimeError):
     """The compiled kernels could not do a call; the message says why."""
 
 
-class Rows(ctypes.Structure):
-    """`rows` of cpu.h: a tensor (B, T, C) whose channels lie side by side."""
-
-    _fields_ = [("data", c_void_p), ("batch", c_int64), ("token", c_int64)]
-
-    @classmethod
-    def of(cls, x: Tensor) -> "Rows":
-        """Describe a tensor; it must be kept alive by the caller."""
-        return cls(x.data_ptr(), x.stride(0), x.stride(1))
+# The calls of cpu.h: packing bytes takes a tenth of the time of filling a ctypes.Structure, which
+# for a small image is as long as the work. Fields that are left out are null.
+_BI_WKV = struct.Struct("@i3q18q2q88x")
+_SHIFT_MIX = struct.Struct("@2i5q5qq3q3q8q")
+_GATE = struct.Struct("@i6q")
+MOST_MIXED = 8
+_NOTHING = (0, 0, 0)
 
 
-class BiWkvCall(ctypes.Structure):
-    """`bi_wkv_call` of cpu.h; the library fills in the end of it."""
-
-    _fields_ = [
-        ("dtype", c_int32),
-        ("batch", c_int64),
-        ("tokens", c_int64),
-        ("channels", c_int64),
-        *[(name, Rows) for name in ("k", "v", "y", "gy", "gk", "gv")],
-        ("gw", c_void_p),
-        ("gu", c_void_p),
-        ("filled_in", c_void_p * 11),
-    ]
+def rows(x: Tensor) -> tuple[int, int, int]:
+    """Describe a tensor (B, T, C), `rows` of cpu.h; it must be kept alive by the caller."""
+    batch, token, _ = x.stride()
+    return x.data_ptr(), batch, token
 
 
-class ShiftMixCall(ctypes.Structure):
-    """`shift_mix_call` of cpu.h."""
+def bi_wkv_call(
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    gradients: Sequence[Tensor] = (),
+    sums: Tensor | None = None,
+) -> bytes:
+    """Pack `bi_wkv_call` of cpu.h.
 
-    _fields_ = [
-        ("dtype", c_int32),
-        ("count", c_int32),
-        *[(name, c_int64) for name in ("batch", "height", "width", "channels", "pixels")],
-        ("edges", c_int64 * 5),
-        ("mu", c_void_p),
-        ("x", Rows),
-        ("gx", Rows),
-        ("mixed", POINTER(c_void_p)),
-    ]
+    Args:
+        k: keys (B, T, C).
+        v: values, of the same dtype as k.
+        y: the output.
+        gradients: of the output, the keys and the values.
+        sums: where partial gradients of w and of u go, float64 (2, parts, C).
+    """
+    given = [rows(x) for x in gradients] or [_NOTHING] * 3
+    pointers = (0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())
+    fields = itertools.chain(rows(k), rows(v), rows(y), *given, pointers)
+    return _BI_WKV.pack(DTYPE_CODES[k.dtype], *k.shape, *fields)
 
 
-class GateCall(ctypes.Structure):
-    """`gate_call` of cpu.h."""
+def shift_mix_call(
+    x: Tensor,
+    mu: Tensor,
+    grid: tuple[int, int],
+    pixels: int,
+    edges: Sequence[int],
+    mixed: Sequence[Tensor],
+    gx: Tensor | None = None,
+) -> bytes:
+    """Pack `shift_mix_call` of cpu.h.
 
-    _fields_ = [
-        ("dtype", c_int32),
-        *[(name, c_void_p) for name in ("r", "y", "grad", "out", "gr", "gy")],
-    ]
+    Args:
+        x: tokens (B, T, C).
+        mu: proportions, float32 (N, C).
+        grid: height and width.
+        pixels: how far to move.
+        edges: limits of the groups of channels.
+        mixed: the N outputs, or their gradients.
+        gx: where the gradient of x goes.
+
+    """
+    batch, _, channels = x.shape
+    pointers = [one.data_ptr() for one in mixed] + [0] * (MOST_MIXED - len(mixed))
+    return _SHIFT_MIX.pack(
+        DTYPE_CODES[x.dtype],
+        len(mixed),
+        batch,
+        *grid,
+        channels,
+        pixels,
+        *edges,
+        mu.data_ptr(),
+        *rows(x),
+        *(_NOTHING if gx is None else rows(gx)),
+        *pointers,
+    )
+
+
+def gate_call(
+    r: Tensor, y: Tensor, out: Tensor | None = None, gradients: Sequence[Tensor] = ()
+) -> bytes:
+    """Pack `gate_call` of cpu.h.
+
+    Args:
+        r: the gate before its sigmoid.
+        y: what it lets through, of the same dtype.
+        out: the output.
+        gradients: of the output, and where those of r and y go.
+    """
+    grad, gr, gy = (g.data_ptr() for g in gradients) if gradients else (0, 0, 0)
+    written = 0 if out is None else out.data_ptr()
+    return _GATE.pack(DTYPE_CODES[r.dtype], r.data_ptr(), y.data_ptr(), grad, written, gr, gy)
 
 
 _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
@@ -82,13 +126,13 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "vision_cpu_use": (c_int, [c_char_p]),
     "vision_cpu_source": (c_char_p, []),
     "vision_bi_wkv_parts": (c_int64, [c_int64, c_int64, c_int64, c_int]),
-    "vision_bi_wkv": (c_int, [POINTER(BiWkvCall), c_void_p, c_void_p, c_int, c_int64]),
-    "vision_bi_wkv_grads": (c_int, [POINTER(BiWkvCall), c_void_p, c_void_p, c_int, c_int64]),
-    "vision_shift_mix_parts": (c_int64, [POINTER(ShiftMixCall)]),
-    "vision_shift_mix": (c_int, [POINTER(ShiftMixCall), c_int]),
-    "vision_shift_mix_grads": (c_int, [POINTER(ShiftMixCall), c_void_p, c_int]),
-    "vision_gate": (c_int, [POINTER(GateCall), c_int64, c_int]),
-    "vision_gate_grads": (c_int, [POINTER(GateCall), c_int64, c_int]),
+    "vision_bi_wkv": (c_int, [c_char_p, c_void_p, c_void_p, c_int, c_int64]),
+    "vision_bi_wkv_grads": (c_int, [c_char_p, c_void_p, c_void_p, c_int, c_int64]),
+    "vision_shift_mix_parts": (c_int64, [c_char_p]),
+    "vision_shift_mix": (c_int, [c_char_p, c_int]),
+    "vision_shift_mix_grads": (c_int, [c_char_p, c_void_p, c_int]),
+    "vision_gate": (c_int, [c_char_p, c_int64, c_int]),
+    "vision_gate_grads": (c_int, [c_char_p, c_int64, c_int]),
 }
 
 
@@ -182,15 +226,16 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def dtype_code(dtype: torch.dtype) -> int:
-    """Return the number by which cpu.h knows a dtype."""
-    return _DTYPES[dtype]
-
-
 def side_by_side(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x (B, T, C) in `dtype` with channels side by side, x itself if it is so already."""
-    x = x.to(dtype)
+    if x.dtype != dtype:
+        x = x.to(dtype)
     return x if x.stride(-1) == 1 and x.numel() > 1 else x.contiguous()
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return a parameter in float32, its elements side by side; x itself if it is so already."""
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
 def check(status: int, op: str) -> None:

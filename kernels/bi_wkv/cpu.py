@@ -1,5 +1,7 @@
 """Bi-WKV by the compiled CPU kernels (csrc/bi_wkv_cpu.h says how they work)."""
 
+import ctypes
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,14 +30,15 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if channels < cpu.LANES:
         return forward(*(_widen(x) for x in (w, u, k, v)))[..., :channels]
     dtype = cpu.common_dtype(k, v)
-    w, u = w.float().contiguous(), u.float().contiguous()
-    k, v = cpu.side_by_side(k, dtype), cpu.side_by_side(v, dtype)
-    y = torch.empty(v.shape, dtype=dtype)
-    call, threads, parts = _prepare(k, v)
-    call.y = cpu.Rows.of(y)
-    status = cpu.library().vision_bi_wkv(call, w.data_ptr(), u.data_ptr(), threads, parts)
+    wide_w, wide_u = cpu.wide(w), cpu.wide(u)
+    keys, values = cpu.side_by_side(k, dtype), cpu.side_by_side(v, dtype)
+    y = torch.empty_like(values, memory_format=torch.contiguous_format)
+    library = cpu.library()
+    threads, parts = _parts(library, k)
+    call = cpu.bi_wkv_call(keys, values, y)
+    status = library.vision_bi_wkv(call, wide_w.data_ptr(), wide_u.data_ptr(), threads, parts)
     cpu.check(status, "bi_wkv")
-    return y.to(v.dtype)
+    return y if dtype == v.dtype else y.to(v.dtype)
 
 
 def backward(
@@ -57,7 +60,7 @@ def backward(
         `scan.backward` in float64.
     """
     channels = k.shape[2]
-    if w.amin() * k.shape[1] < -_MOST_GROWTH:
+    if w.min().item() * k.shape[1] < -_MOST_GROWTH:
         wide = scan.backward(w.double(), u.double(), k.double(), v.double(), y, gy.double())
         gw, gu, gk, gv = (g.to(x.dtype) for g, x in zip(wide, (w, u, k, v), strict=True))
         return gw, gu, gk, gv
@@ -66,27 +69,25 @@ def backward(
         gw, gu, gk, gv = (grad[..., :channels] for grad in grads)
         return gw, gu, gk, gv
     dtype = cpu.common_dtype(k, v, gy)
-    wide_w, wide_u = w.float().contiguous(), u.float().contiguous()
+    wide_w, wide_u = cpu.wide(w), cpu.wide(u)
     keys, values, gy = (cpu.side_by_side(x, dtype) for x in (k, v, gy))
     gk, gv = torch.empty(k.shape, dtype=dtype), torch.empty(v.shape, dtype=dtype)
-    call, threads, parts = _prepare(keys, values)
-    gw, gu = torch.empty(2, parts * k.shape[0], channels, dtype=torch.float64)
-    y = y.to(dtype)
-    call.y, call.gy = cpu.Rows.of(y), cpu.Rows.of(gy)
-    call.gk, call.gv = cpu.Rows.of(gk), cpu.Rows.of(gv)
-    call.gw, call.gu = gw.data_ptr(), gu.data_ptr()
-    status = cpu.library().vision_bi_wkv_grads(
-        call, wide_w.data_ptr(), wide_u.data_ptr(), threads, parts
-    )
+    library = cpu.library()
+    threads, parts = _parts(library, k)
+    sums = torch.empty(2, parts * k.shape[0], channels, dtype=torch.float64)
+    if y.dtype != dtype:
+        y = forward(w, u, keys, values)
+    call = cpu.bi_wkv_call(keys, values, y, (gy, gk, gv), sums)
+    status = library.vision_bi_wkv_grads(call, wide_w.data_ptr(), wide_u.data_ptr(), threads, parts)
     cpu.check(status, "bi_wkv")
-    return cpu.sum_of_parts(gw, w), cpu.sum_of_parts(gu, u), gk.to(k.dtype), gv.to(v.dtype)
+    gw, gu = sums.sum(1).unbind()
+    return gw.to(w.dtype), gu.to(u.dtype), gk.to(k.dtype), gv.to(v.dtype)
 
 
-def _prepare(k: Tensor, v: Tensor) -> tuple[cpu.BiWkvCall, int, int]:
-    """Return the call with its inputs, the number of threads and of parts of the tokens."""
-    call = cpu.BiWkvCall(cpu.dtype_code(k.dtype), *k.shape, cpu.Rows.of(k), cpu.Rows.of(v))
+def _parts(library: ctypes.CDLL, k: Tensor) -> tuple[int, int]:
+    """Return the number of threads and of parts of the tokens."""
     threads = cpu.threads_for(k.numel())
-    return call, threads, cpu.library().vision_bi_wkv_parts(*k.shape, threads)
+    return threads, 1 if threads == 1 else library.vision_bi_wkv_parts(*k.shape, threads)
 
 
 def _widen(x: Tensor) -> Tensor:

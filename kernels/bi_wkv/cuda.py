@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import nvcc
-from ..cpu import DTYPES, Rows, common_dtype, dtype_code, side_by_side
+from ..cpu import DTYPE_CODES, DTYPES, common_dtype, side_by_side, wide
 
 __all__ = ["DTYPES", "SOURCE", "CudaKernelError", "Plan", "backward", "forward", "probe"]
 
@@ -26,6 +26,17 @@ _BYTES_OF_SUM = 12
 
 class CudaKernelError(RuntimeError):
     """The GPU refused a kernel; the message has CUDA's own words."""
+
+
+class Rows(ctypes.Structure):
+    """`rows` of csrc/bi_wkv_cuda.h: a tensor (B, T, C) whose channels lie side by side."""
+
+    _fields_ = [("data", c_void_p), ("batch", c_int64), ("token", c_int64)]
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Rows":
+        """Describe a tensor; it must be kept alive by the caller."""
+        return cls(x.data_ptr(), x.stride(0), x.stride(1))
 
 
 class _Call(ctypes.Structure):
@@ -118,11 +129,11 @@ def _prepare(
     plan: Plan, dtype: torch.dtype, w: Tensor, u: Tensor, **tensors: Tensor
 ) -> tuple[_Call, list[Tensor]]:
     """Return a call with its inputs, and the tensors it points to."""
-    w, u = w.float().contiguous(), u.float().contiguous()
+    w, u = wide(w), wide(u)
     rows = {name: side_by_side(x, dtype) for name, x in tensors.items()}
     batch, tokens, channels = rows["k"].shape
     call = _Call(
-        dtype=dtype_code(dtype),
+        dtype=DTYPE_CODES[dtype],
         width=plan.width,
         segments=plan.segments,
         device=w.device.index or 0,

@@ -171,8 +171,9 @@ EXPORT int64_t vision_bi_wkv_parts(int64_t batch, int64_t tokens, int64_t channe
 }
 
 /* `results` is written by the last phase only: until then its memory can hold e^k in float32. */
-static int run(bi_wkv_call *call, rows results, const float *w, const float *u, int threads,
-               int64_t parts, phase *const *phases, int count) {
+static int run(const bi_wkv_call *given, rows results, const float *w, const float *u,
+               int threads, int64_t parts, phase *const *phases, int count) {
+    bi_wkv_call own = *given, *call = &own;
     int whole = call->channels % serving()->lanes == 0; /* overlapping vectors would meet results */
     call->parked = call->dtype == FLOAT32 && whole ? results : (rows){0};
     int64_t length = segment_length(w, u, call->channels, call->tokens);
@@ -185,7 +186,7 @@ static int run(bi_wkv_call *call, rows results, const float *w, const float *u, 
 }
 
 /* y from k and v; w and u are (channels,), channels at least `lanes` of the widest set, 16. */
-EXPORT int vision_bi_wkv(bi_wkv_call *call, const float *w, const float *u, int threads,
+EXPORT int vision_bi_wkv(const bi_wkv_call *call, const float *w, const float *u, int threads,
                          int64_t parts) {
     const kernels *with = serving();
     phase *phases[] = {with->bi_wkv_summaries, with->bi_wkv_carry, with->bi_wkv_outputs};
@@ -194,8 +195,8 @@ EXPORT int vision_bi_wkv(bi_wkv_call *call, const float *w, const float *u, int 
 
 /* gk, gv and (parts, batch, channels) partial sums of gw and gu from k, v, gy and, in
    float32, y. */
-EXPORT int vision_bi_wkv_grads(bi_wkv_call *call, const float *w, const float *u, int threads,
-                               int64_t parts) {
+EXPORT int vision_bi_wkv_grads(const bi_wkv_call *call, const float *w, const float *u,
+                               int threads, int64_t parts) {
     const kernels *with = serving();
     phase *phases[] = {with->bi_wkv_summaries,      with->bi_wkv_carry,
                        with->bi_wkv_grad_summaries, with->bi_wkv_grad_carry,

@@ -1,6 +1,6 @@
 /* The CPU operators' arguments, and the table of their kernels for one instruction set.
 
-   Plain C, no torch headers. Sizes and strides count elements. */
+   Plain C, no torch headers. Sizes and strides count elements. kernels/cpu.py packs the calls. */
 #ifndef VISION_CPU_H
 #define VISION_CPU_H
 
@@ -35,7 +35,7 @@ typedef struct {
     int64_t batch, tokens, channels;
     rows k, v, y, gy, gk, gv;
     double *gw, *gu;           /* partial sums, (parts, batch, channels) */
-    /* Filled in by the library: */
+    /* Filled in by the library, in its own copy: */
     rows parked;               /* where e^k waits for the next phase; no data: nowhere */
     bi_wkv_factors of;
 } bi_wkv_call;
@@ -54,7 +54,7 @@ typedef struct {
     int64_t edges[5];
     const float *mu;           /* (count, channels) */
     rows x, gx;
-    void **mixed;              /* forward: outputs; backward: gradients; (batch, tokens, channels) */
+    void *mixed[MOST_MIXED];   /* forward: outputs; backward: gradients; (batch, tokens, channels) */
 } shift_mix_call;
 
 typedef struct {

@@ -8,11 +8,12 @@ from .. import cpu
 
 def forward(r: Tensor, y: Tensor) -> Tensor:
     """Compute `gate` (see there)."""
-    result = torch.promote_types(r.dtype, y.dtype)
-    r, y = r.to(result).contiguous(), y.to(result).contiguous()
-    out = torch.empty_like(y)
-    call = cpu.GateCall(cpu.dtype_code(result), r.data_ptr(), y.data_ptr(), None, out.data_ptr())
-    status = cpu.library().vision_gate(call, y.numel(), cpu.threads_for(y.numel()))
+    if r.dtype != y.dtype:
+        result = torch.promote_types(r.dtype, y.dtype)
+        r, y = r.to(result), y.to(result)
+    r, y = r.contiguous(), y.contiguous()
+    out, size = torch.empty_like(y), y.numel()
+    status = cpu.library().vision_gate(cpu.gate_call(r, y, out), size, cpu.threads_for(size))
     cpu.check(status, "gate")
     return out
 
@@ -22,15 +23,7 @@ def backward(r: Tensor, y: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     dtype = cpu.common_dtype(r, y, grad)
     open_, value, grad = (x.to(dtype).contiguous() for x in (r, y, grad))
     gr, gy = torch.empty(r.shape, dtype=dtype), torch.empty(y.shape, dtype=dtype)
-    call = cpu.GateCall(
-        cpu.dtype_code(dtype),
-        open_.data_ptr(),
-        value.data_ptr(),
-        grad.data_ptr(),
-        None,
-        gr.data_ptr(),
-        gy.data_ptr(),
-    )
+    call = cpu.gate_call(open_, value, gradients=(grad, gr, gy))
     status = cpu.library().vision_gate_grads(call, y.numel(), cpu.threads_for(y.numel()))
     cpu.check(status, "gate")
     return gr.to(r.dtype), gy.to(y.dtype)

@@ -4,7 +4,6 @@ The shift is that of Vision-RWKV (arXiv:2403.02308), the interpolation that of a
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ def shift_mix(
 
     Args:
         x: tokens, row-major over the grid, (B, H*W, C), any strides.
-        mu: proportions, (N, C); 1 keeps the token, 0 takes the neighbour.
+        mu: proportions, (N, C), N at most 8; 1 keeps the token, 0 takes the neighbour.
         hw: grid height and width; (1, T) for a sequence without a grid.
         pixels: how far to move, in patches, at least 1.
         edges: five rising channel numbers from 0 to at most C.
@@ -92,14 +91,19 @@ def _check_shapes(x: Tensor, mu: Tensor, h: int, w: int, pixels: int, edges: lis
             "shift_mix needs tokens (B, T, C) and proportions (N, C) of one C, none of them "
             f"empty, got {tuple(x.shape)} and {tuple(mu.shape)}"
         )
-    if h < 1 or w < 1 or h * w != x.shape[1]:
-        raise ValueError(f"shift_mix got {x.shape[1]} tokens for a grid of {h} x {w} = {h * w}")
+    _, tokens, c = x.shape
+    if mu.shape[0] > kernels_cpu.MOST_MIXED:
+        raise ValueError(
+            f"shift_mix mixes in at most {kernels_cpu.MOST_MIXED} proportions at once, got "
+            f"{mu.shape[0]}"
+        )
+    if h < 1 or w < 1 or h * w != tokens:
+        raise ValueError(f"shift_mix got {tokens} tokens for a grid of {h} x {w} = {h * w}")
     if pixels < 1:
         raise ValueError(f"shift_mix moves by at least 1 patch, got pixels={pixels}")
-    rising = all(a <= b for a, b in pairwise(edges))  # sorted() would fix open sizes of a graph
-    if len(edges) != 5 or edges[0] != 0 or not rising or edges[4] > x.shape[2]:
+    if len(edges) != 5 or not 0 == edges[0] <= edges[1] <= edges[2] <= edges[3] <= edges[4] <= c:
         raise ValueError(
-            f"shift_mix needs five rising channel numbers from 0 to at most {x.shape[2]} as edges, "
+            f"shift_mix needs five rising channel numbers from 0 to at most {c} as edges, "
             f"got {edges}"
         )
 

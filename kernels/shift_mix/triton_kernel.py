@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..cpu import MOST_MIXED
 from ..triton_support import LAUNCH, ceil_div, check_item, choose
 
 # What the kernels have arguments for.
-_COPIES = 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def _constants(mu: Tensor, tiles: Tiles) -> dict[str, int | bool]:
 
 def _eight(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Fill the arguments of a kernel up; it does not touch those past the last."""
-    return [*tensors, *[tensors[0]] * (_COPIES - len(tensors))]
+    return [*tensors, *[tensors[0]] * (MOST_MIXED - len(tensors))]
 
 
 def _choose(
@@ -53,15 +53,6 @@ def _choose(
 ) -> Tiles:
     key = (f"shift_mix {name}", x.numel().bit_length(), *mu.shape, x.dtype, x.device)
     return choose(key, [default, *_CANDIDATES], run)
-
-
-def _check(x: Tensor, mu: Tensor) -> None:
-    check_item("shift_mix", x)
-    if mu.shape[0] > _COPIES:
-        raise ValueError(
-            f"the backend 'triton' of shift_mix mixes in at most {_COPIES} proportions, got "
-            f"{mu.shape[0]}; call it for some of them at a time"
-        )
 
 
 def forward(
@@ -90,7 +81,7 @@ def forward(
     Raises:
         ValueError: too many proportions, or an item has 2^30 elements or more.
     """
-    _check(x, mu)
+    check_item("shift_mix", x)
     run = partial(_forward, x.contiguous(), mu.contiguous(), (h, w), _reach(pixels, h, w), edges)
     with torch.cuda.device_of(x):
         return run(tiles or _choose("forward", FORWARD, run, x, mu))
@@ -141,7 +132,7 @@ def backward(
     Raises:
         ValueError: too many proportions, or an item has 2^30 elements or more.
     """
-    _check(x, mu)
+    check_item("shift_mix", x)
     whole = [grad.contiguous() for grad in grads]
     inputs = (x.contiguous(), mu.contiguous(), whole)
     run = partial(_backward, *inputs, (h, w), _reach(pixels, h, w), edges)

@@ -256,6 +256,7 @@ def test_a_rounded_result_does_not_spoil_the_gradients(backend: str) -> None:
     inputs, grad = make(49, 3.0, per=49)
     inputs = {n: x.bfloat16() if n == "v" else x.float() for n, x in inputs.items()}
     actual = value_and_grads(of(backend), inputs, grad.bfloat16())
+    assert actual["y"].dtype == torch.bfloat16
     expected = oracle(bi_wkv_definition, inputs, grad.bfloat16())
     tolerance = {"y": 2**-8, "gk": 1e-5, "gv": 2**-8, "gw": 1e-5, "gu": 1e-5}
     assert_close(actual, expected, tolerance, floors(49, 1.0))

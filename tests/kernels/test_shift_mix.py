@@ -354,6 +354,7 @@ def test_the_plain_form_has_a_second_derivative() -> None:
         ({"mu": torch.zeros(3, 9)}, ValueError, r"of one C.*\(3, 9\)"),
         ({"mu": torch.zeros(0, 8)}, ValueError, r"none of them empty.*\(0, 8\)"),
         ({"x": torch.zeros(0, 12, 8)}, ValueError, r"none of them empty.*\(0, 12, 8\)"),
+        ({"mu": torch.zeros(9, 8)}, ValueError, "at most 8 proportions at once, got 9"),
         ({"hw": (3, 5)}, ValueError, "12 tokens for a grid of 3 x 5 = 15"),
         ({"hw": (-3, -4)}, ValueError, "grid of -3 x -4"),
         ({"pixels": 0}, ValueError, "pixels=0"),
