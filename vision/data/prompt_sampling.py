@@ -186,7 +186,7 @@ class PromptSampler:
         if max_points < 1:
             raise ValueError(f"max_points wants 1 or more, got {max_points}")
         self.names = tuple(chosen)
-        self.weights = torch.tensor(list(chosen.values()))
+        self.weights = torch.tensor(list(chosen.values()), dtype=torch.float32)
         self.max_points = max_points
         self.noise = noise
 
