@@ -16,6 +16,7 @@ import vision.mm  # noqa: F401 -- registers the zoo with mmengine
 from vision.mm.compat import cpu_safe_config
 from vision.mm.datasets import ClassifierInputs
 from vision.mm.launch import check_keys
+from vision.sam.model import SAM_MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.py") if "_base_" not in p.parts)
@@ -51,6 +52,15 @@ def write_segmentation_data(dataset: Any, root: Path) -> None:
             Image.fromarray(array).save(path)
 
 
+def write_images(folder: Path) -> None:
+    """Two images without annotations."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for name in ("a.jpg", "b.jpg"):
+        pixels = rng.integers(0, 256, (SIDE, SIDE + 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+
+
 def stand_in(cfg: Config, root: Path) -> None:
     """Replace the data by a few small samples; leave everything else as the config says."""
     for phase in ("train", "val", "test"):
@@ -66,13 +76,28 @@ def stand_in(cfg: Config, root: Path) -> None:
             holder.dataset = Config(
                 {"type": "DigitClassification", "split": split, "size": SIDE // 2, "length": 2}
             )._cfg_dict
+        elif dataset.type == "PromptableDataset":  # tests/mm/test_promptable_data.py has its sets
+            split = "train" if phase == "train" else "val"
+            holder.dataset = Config(
+                {"type": "DigitPrompts", "split": split, "size": SIDE, "length": 2}
+            )._cfg_dict
         elif dataset.type in ("DigitSceneSegmentation", "DigitPrompts"):
             dataset.update(size=SIDE, length=2)
+        elif dataset.type == "ImagesForDistillation":
+            dataset.update(data_root=str(root), image_size=SIDE, cache=None)
+            write_images(root / dataset.data_prefix.img_path)
         else:
             dataset.data_root = str(root)
             shrink(dataset.pipeline)
             write_segmentation_data(dataset, root)
     shrink(cfg.model)
+    if cfg.model.type == "EmbeddingDistiller":  # instead of cached embeddings
+        dim = SAM_MODELS[cfg.model.student["sam"]].get("dim", 256)
+        teacher = {"name": "samvit_base_patch16", "image_size": SIDE, "neck_chans": dim}
+        tiny = {"depth": 1, "embed_dim": 32, "num_heads": 2, "global_attn_indexes": [0]}
+        cfg.model.update(teacher={**teacher, **tiny}, standardize=None)
+    if cfg.model.type == "PromptableSegmentor":
+        cfg.model.image_size = SIDE
     if "checkpoint" in cfg.model:
         cfg.model.checkpoint = None
     if "checkpoint" in cfg.model.get("backbone", {}):
@@ -92,7 +117,7 @@ def test_config_trains_a_step(path: Path, tmp_path: Path) -> None:
     for phase in ("train", "val", "test"):
         dataset = cfg[f"{phase}_dataloader"].dataset
         transform = dataset.get("dataset", dataset).get("transform")
-        if transform:  # the images themselves are replaced below
+        if transform and "input_size" in transform:  # the images themselves are replaced below
             image = np.zeros((50, 70, 3), np.uint8)
             inputs = ClassifierInputs(transform, phase == "train")
             shape = inputs({"image": image, "label": 0})["inputs"].shape
@@ -117,6 +142,7 @@ def test_config_trains_a_step(path: Path, tmp_path: Path) -> None:
     metrics = {k for k in runner.message_hub.log_scalars if k.startswith("val/")}
     wanted = "seg/mIoU" if "decode_head" in cfg.model else "accuracy/top1"
     wanted = "sam/box_mIoU" if cfg.model.type == "PromptableSegmentor" else wanted
+    wanted = "distill/mse" if cfg.model.type == "EmbeddingDistiller" else wanted
     assert any(wanted in k for k in metrics)
 
 

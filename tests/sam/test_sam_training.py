@@ -29,7 +29,7 @@ def model(**options: object) -> RwkvSam:
 def test_every_parameter_learns(kind: str) -> None:
     sam, (x, masks) = model(), scene()
     loss = PromptableLoss(PromptSampler({kind: 1.0}), corrections=1, num_points=200)
-    found = loss(sam, sam.encode_image(x), masks)
+    found = loss(sam, sam.encode_image(x), [masks])
     assert set(found) == {"loss_ce", "loss_dice", "loss_iou"}
     sum(found.values()).backward()
     without = {n for n, p in sam.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
@@ -43,7 +43,7 @@ def test_it_learns_two_squares() -> None:
     loss = PromptableLoss(PromptSampler({"box": 1.0}), num_points=400)
     optimizer = torch.optim.AdamW(sam.parameters(), lr=3e-3)
     for _ in range(80):
-        values = loss(sam, sam.encode_image(x), masks)
+        values = loss(sam, sam.encode_image(x), [masks])
         optimizer.zero_grad()
         sum(values.values()).backward()
         optimizer.step()
@@ -69,7 +69,7 @@ def test_rounds_give_clicks_and_the_last_prediction(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(module.PromptableLoss, "_decode", staticmethod(spy))
     PromptableLoss(PromptSampler({"box": 1.0}), corrections=2, num_points=50)(
-        sam, sam.encode_image(x), masks
+        sam, sam.encode_image(x), [masks]
     )
     assert [p.labels.shape[1] for p in seen] == [2, 3, 4]
     assert [p.with_mask.all().item() for p in seen] == [False, True, True]
@@ -82,13 +82,30 @@ def test_rounds_give_clicks_and_the_last_prediction(monkeypatch: pytest.MonkeyPa
 def test_padding_and_the_single_mask() -> None:
     x, masks = scene(40, 50)
     sam = model(single_mask=True)
-    found = PromptableLoss(PromptSampler(), num_points=50)(sam, sam.encode_image(x), masks)
+    found = PromptableLoss(PromptSampler(), num_points=50)(sam, sam.encode_image(x), [masks])
     assert all(value.isfinite() for value in found.values())
 
 
 def test_wrong_calls_are_named() -> None:
     sam, (x, masks) = model(), scene()
-    with pytest.raises(ValueError, match="size of the encoded image"):
-        PromptableLoss(PromptSampler())(sam, sam.encode_image(x), masks[:, :40])
+    with pytest.raises(ValueError, match=r"images of \(48, 64\) pixels"):
+        PromptableLoss(PromptSampler())(sam, sam.encode_image(x), [masks[:, :40]])
+    with pytest.raises(ValueError, match="masks of 1 images"):
+        PromptableLoss(PromptSampler())(sam, sam.encode_image(x), [masks, masks])
+    with pytest.raises(ValueError, match="without any object"):
+        PromptableLoss(PromptSampler())(sam, sam.encode_image(x), [masks[:0]])
     with pytest.raises(ValueError, match="corrections >= 0"):
         PromptableLoss(PromptSampler(), corrections=-1)
+
+
+def test_images_share_a_batch() -> None:
+    # The mean over all objects, as if each image were decoded alone with the same prompts.
+    sam, (x, masks) = model(), scene()
+    both = torch.cat([x, x.flip(-1)])
+    every = [masks, masks[:1].flip(-1)]
+    loss = PromptableLoss(PromptSampler({"box": 1.0}), corrections=0, num_points=20_000)
+    together = loss(sam, sam.encode_image(both), every)
+    alone = [loss(sam, sam.encode_image(both[i : i + 1]), every[i : i + 1]) for i in range(2)]
+    for name, value in together.items():
+        expected = (2 * alone[0][name] + alone[1][name]) / 3
+        torch.testing.assert_close(value, expected, rtol=0.05, atol=0)

@@ -12,38 +12,20 @@ from mmengine.registry import HOOKS
 from PIL import Image
 from torch import Tensor
 
-from vision.data import contact_sheet, overlay, palette
+from vision.data import box_of_mask, contact_sheet, draw_sample, overlay, palette
+from vision.metrics import mask_iou
 
 _TILE = 320  # longest side of a tile of a sheet, in pixels
+_ERRORS = np.array([(0, 0, 0), (255, 0, 0), (0, 0, 255)], np.uint8)  # wrongly found, missed
 
 
-@HOOKS.register_module()
-class PredictionSheetHook(Hook):
-    """Write one PNG with images from all over an evaluation and what the model said of them.
-
-    Classification: the image, predicted and true class. Segmentation: image, annotation and
-    prediction side by side. Promptable: image, annotation, masks from boxes and from clicks.
-
-    Args:
-        images: how many images the sheet shows.
-        out_dir: folder; default: the run's work dir.
-        every_image: also write a picture of each image of the evaluation, by its number.
-    """
+class _SheetHook(Hook):
+    """Draws what an evaluation gives, and writes one picture at its end."""
 
     priority = "LOW"
 
-    def __init__(
-        self, images: int = 24, out_dir: str | None = None, every_image: bool = False
-    ) -> None:
-        self.images = images
+    def __init__(self, out_dir: str | None) -> None:
         self.out_dir = out_dir
-        self.every_image = every_image
-        self._tiles: list[np.ndarray] = []
-        self._captions: list[str] = []
-        self._seen = 0
-
-    def _start(self) -> None:
-        self._tiles, self._captions, self._seen = [], [], 0
 
     def before_val_epoch(self, runner: Any) -> None:
         """Begin a new sheet."""
@@ -56,21 +38,23 @@ class PredictionSheetHook(Hook):
     def after_val_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """Draw a batch's images until the sheet is full."""
-        self._draw(runner, runner.val_dataloader, data_batch, outputs)
+        """Look at a batch."""
+        if is_main_process():
+            self._draw(runner, runner.val_dataloader, data_batch, outputs)
 
     def after_test_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """Draw a batch's images until the sheet is full."""
-        self._draw(runner, runner.test_dataloader, data_batch, outputs)
+        """Look at a batch."""
+        if is_main_process():
+            self._draw(runner, runner.test_dataloader, data_batch, outputs)
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        """Write predictions_val.png."""
+        """Write the picture of a validation."""
         self._write(runner, "val")
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        """Write predictions_test.png."""
+        """Write the picture of a test."""
         self._write(runner, "test")
 
     def _folder(self, runner: Any) -> Path:
@@ -78,9 +62,44 @@ class PredictionSheetHook(Hook):
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def _start(self) -> None:
+        raise NotImplementedError
+
     def _draw(self, runner: Any, loader: Any, batch: Any, outputs: Sequence[Any]) -> None:
-        if not is_main_process():
-            return
+        raise NotImplementedError
+
+    def _write(self, runner: Any, phase: str) -> None:
+        raise NotImplementedError
+
+
+@HOOKS.register_module()
+class PredictionSheetHook(_SheetHook):
+    """Write one PNG with images from all over an evaluation and what the model said of them.
+
+    Classification: the image, predicted and true class. Segmentation: image, annotation and
+    prediction side by side. Promptable: image, annotation, and the masks from each kind of prompt.
+    Written as predictions_val.png or predictions_test.png.
+
+    Args:
+        images: how many images the sheet shows.
+        out_dir: folder; default: the run's work dir.
+        every_image: also write a picture of each image of the evaluation, by its number.
+    """
+
+    def __init__(
+        self, images: int = 24, out_dir: str | None = None, every_image: bool = False
+    ) -> None:
+        super().__init__(out_dir)
+        self.images = images
+        self.every_image = every_image
+        self._start()
+
+    def _start(self) -> None:
+        self._tiles: list[np.ndarray] = []
+        self._captions: list[str] = []
+        self._seen = 0
+
+    def _draw(self, runner: Any, loader: Any, batch: Any, outputs: Sequence[Any]) -> None:
         meta = loader.dataset.metainfo
         images = batch["inputs"]
         if isinstance(images[0], list | tuple):
@@ -118,7 +137,7 @@ def draw_prediction(image: Tensor, output: Any, meta: dict[str, Any]) -> tuple[n
         A picture, uint8 (h, w, 3), and its caption.
     """
     picture = np.ascontiguousarray(image.cpu().numpy().transpose(1, 2, 0))
-    if isinstance(output, dict) and "box" in output:
+    if isinstance(output, dict) and "answers" in output:
         return _prompted(picture, output)
     if isinstance(output, dict):
         found = int(output["scores"].argmax())
@@ -140,15 +159,86 @@ def draw_prediction(image: Tensor, output: Any, meta: dict[str, Any]) -> tuple[n
 
 
 def _prompted(picture: np.ndarray, output: dict[str, Any]) -> tuple[np.ndarray, str]:
-    """The objects as they are, and as they were found from their box and from a click."""
-    colours = palette(len(output["true"]) + 1)
-    panels = [picture]
-    for kind in ("true", "box", "click"):
-        panel = picture
-        for mask, colour in zip(output[kind].numpy(), colours[1:], strict=True):
-            panel = overlay(panel, mask.astype(np.uint8), np.stack([colour, colour]), 0.6, (0,))
-        panels.append(panel)
-    return np.concatenate(panels, axis=1), "image, annotation, from boxes, from clicks"
+    """The objects as they are, and as they were found from each kind of prompt."""
+    found = output["answers"].masks
+    panels = [picture, *(_painted(picture, masks) for masks in (output["true"], *found.values()))]
+    return np.concatenate(panels, axis=1), f"image, annotation, from {', '.join(found)}"
+
+
+def _painted(picture: np.ndarray, masks: Tensor) -> np.ndarray:
+    """Objects over a picture, bool (N, H, W), each in a colour of its own."""
+    for mask, colour in zip(masks.numpy(), palette(len(masks) + 1)[1:], strict=True):
+        picture = overlay(picture, mask.astype(np.uint8), np.stack([colour, colour]), 0.6, (0,))
+    return picture
+
+
+@HOOKS.register_module()
+class WorstPromptsHook(_SheetHook):
+    """Write one PNG with the objects whose masks from the tight box are worst.
+
+    Side by side: the image with the box, the true mask, the mask found, and the errors: red where
+    it is wrongly found, blue where it was missed. Below: IoU in percent, and the sample's name.
+    Written as worst_val.png or worst_test.png; in several processes, of the first one's images.
+
+    Args:
+        objects: how many objects the sheet shows.
+        out_dir: folder; default: the run's work dir.
+
+    Raises:
+        ValueError: fewer than one object.
+    """
+
+    def __init__(self, objects: int = 16, out_dir: str | None = None) -> None:
+        super().__init__(out_dir)
+        if objects < 1:
+            raise ValueError(f"objects wants 1 or more, got {objects}")
+        self.objects = objects
+        self._start()
+
+    def _start(self) -> None:
+        self._worst: list[tuple[float, np.ndarray, str]] = []  # worst first
+        self._seen = 0
+
+    def _draw(self, runner: Any, loader: Any, batch: Any, outputs: Sequence[Any]) -> None:
+        names = batch.get("name", [f"sample {self._seen + i}" for i in range(len(outputs))])
+        self._seen += len(outputs)
+        for image, name, output in zip(batch["inputs"], names, outputs, strict=True):
+            found = output["answers"].masks.get("box")
+            if found is None:
+                raise ValueError("the worst boxes want a model with evaluation=dict(box=True, ...)")
+            for i, iou in enumerate(mask_iou(found, output["true"]).tolist()):
+                if len(self._worst) == self.objects and iou >= self._worst[-1][0]:
+                    continue
+                picture = np.ascontiguousarray(image.cpu().numpy().transpose(1, 2, 0))
+                tile = _small(_large(draw_errors(picture, found[i], output["true"][i])))
+                caption = f"{100 * iou:.1f} {Path(name).name}, object {i}"
+                self._worst.append((iou, tile, caption))
+                self._worst.sort(key=lambda entry: entry[0])
+                del self._worst[self.objects :]
+
+    def _write(self, runner: Any, phase: str) -> None:
+        if self._worst:
+            _, tiles, captions = zip(*self._worst, strict=True)
+            sheet = contact_sheet(tiles, captions, columns=2)
+            sheet.save(self._folder(runner) / f"worst_{phase}.png")
+
+
+def draw_errors(picture: np.ndarray, found: Tensor, true: Tensor) -> np.ndarray:
+    """Image with the tight box, true mask, mask found, and errors side by side.
+
+    Args:
+        picture: uint8 RGB (H, W, 3).
+        found: bool (H, W).
+        true: bool (H, W), not empty.
+
+    Returns:
+        uint8 (H, 4 * W, 3).
+    """
+    boxed = draw_sample({"image": picture, "boxes": [box_of_mask(true.numpy())]})
+    errors = (found & ~true).to(torch.uint8) + 2 * (true & ~found).to(torch.uint8)
+    masks = (_painted(picture, mask[None]) for mask in (true, found))
+    wrong = overlay(picture, errors.numpy(), _ERRORS, 0.8, skip=(0,))
+    return np.concatenate([boxed, *masks, wrong], axis=1)
 
 
 def _small(tile: np.ndarray) -> np.ndarray:

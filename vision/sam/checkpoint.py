@@ -1,7 +1,7 @@
 """Weights from other code: Segment Anything's checkpoints and those of ovsam (RWKV-SAM)."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ def _from_ovsam(parts: Mapping[str, Mapping[str, Tensor]], model: RwkvSam) -> di
 def load_weights(
     model: RwkvSam,
     checkpoint: Mapping[str, Any],
-    parts: tuple[str, ...] | None = None,
+    parts: Sequence[str] | None = None,
 ) -> tuple[str, ...]:
     """Load a checkpoint of ours or of ovsam, strictly.
 

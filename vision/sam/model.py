@@ -49,6 +49,12 @@ class ImageEmbedding:
         share = None if self.share is None else self.share[one]
         return ImageEmbedding(self.embedding[one], share, self.input_size)
 
+    def repeat(self, counts: Sequence[int]) -> "ImageEmbedding":
+        """Each image as often as `counts` says, (B,), side by side: one for each of its prompts."""
+        times = torch.tensor(counts, device=self.embedding.device)
+        share = None if self.share is None else self.share.repeat_interleave(times, 0)
+        return ImageEmbedding(self.embedding.repeat_interleave(times, 0), share, self.input_size)
+
     def to(self, *args: Any, **kwargs: Any) -> "ImageEmbedding":
         """Move or cast the tensors, as `Tensor.to` does."""
         share = None if self.share is None else self.share.to(*args, **kwargs)
@@ -422,13 +428,18 @@ def list_sams() -> list[str]:
 
 
 def create_sam(
-    name: str, checkpoint: str | os.PathLike[str] | None = None, **overrides: Any
+    name: str,
+    checkpoint: str | os.PathLike[str] | None = None,
+    parts: Sequence[str] | None = None,
+    **overrides: Any,
 ) -> RwkvSam:
     """Make a promptable segmentation model by name, in eval mode.
 
     Args:
         name: one of `list_sams()`.
         checkpoint: file with its weights, ours or ovsam's; None starts it at random.
+        parts: which of encoder, neck, prompt_encoder and mask_decoder to take from that file, such
+            as the first two of a distilled student; None for all.
         **overrides: arguments of `build_sam` that differ from the name's.
 
     Raises:
@@ -441,7 +452,7 @@ def create_sam(
     if checkpoint is not None:
         from .checkpoint import load_weights
 
-        load_weights(model, read_checkpoint(Path(checkpoint)))
+        load_weights(model, read_checkpoint(Path(checkpoint)), parts)
     return model
 
 

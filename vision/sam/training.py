@@ -5,6 +5,7 @@ where the prediction is wrong, with the last prediction as a mask prompt.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from .model import STRIDE, ImageEmbedding, RwkvSam
 
 
 class PromptableLoss:
-    """Losses of one image with several objects.
+    """Losses of the objects of a batch of images.
 
     Args:
         sampler: draws the first prompts.
@@ -56,37 +57,46 @@ class PromptableLoss:
         self.others_weight = others_weight
         self.weights = {"ce": ce_weight, "dice": dice_weight, "iou": iou_weight}
 
-    def __call__(self, model: RwkvSam, image: ImageEmbedding, masks: Tensor) -> dict[str, Tensor]:
-        """Sample prompts, decode them, and compare.
+    def __call__(
+        self, model: RwkvSam, images: ImageEmbedding, masks: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """Sample prompts, decode those of all images together, and compare.
 
         Args:
-            model: its decoder is trained, and what `image` was computed by.
-            image: embedding of one image.
-            masks: of its objects, bool (N, H, W), the size of the encoded image, none empty.
+            model: its decoder is trained, and what `images` was computed by.
+            images: embedding of B images.
+            masks: of the objects of each, B times bool (N, H, W), the size of the encoded images,
+                none empty.
 
         Returns:
             Weighted losses by name, each the mean over objects and rounds: "loss_ce",
             "loss_dice" and "loss_iou".
 
         Raises:
-            ValueError: masks of another size than the image.
+            ValueError: no object at all, or masks of another size or number than the images.
         """
-        if tuple(masks.shape[1:]) != tuple(image.input_size):
+        sizes = {tuple(m.shape[1:]) for m in masks}
+        if len(masks) != len(images) or sizes != {tuple(images.input_size)}:
             raise ValueError(
-                f"masks want the size of the encoded image {tuple(image.input_size)}, got "
-                f"{tuple(masks.shape[1:])}"
+                f"wanted masks of {len(images)} images of {tuple(images.input_size)} pixels, got "
+                f"{len(masks)} of {', '.join(map(str, sorted(sizes)))}"
             )
+        every = torch.cat(list(masks))
+        if not len(every):
+            raise ValueError("a batch without any object has no loss; leave such images out")
+        image = images.repeat([len(m) for m in masks])
         h, w = image.embedding.shape[-2:]
-        bottom, right = STRIDE * h - masks.shape[1], STRIDE * w - masks.shape[2]
-        targets = F.pad(masks, (0, right, 0, bottom))  # the frame of the logits
-        prompts = self.sampler(masks.cpu(), (4 * h, 4 * w))
+        bottom, right = STRIDE * h - every.shape[1], STRIDE * w - every.shape[2]
+        targets = F.pad(every, (0, right, 0, bottom))  # the frame of the logits
+        on_cpu = every.cpu()
+        prompts = self.sampler(on_cpu, (4 * h, 4 * w))
         found: dict[str, list[Tensor]] = defaultdict(list)
         for round_ in range(self.corrections + 1):
             logits, iou = self._decode(model, image, prompts)
             for name, value in self._losses(logits, iou, targets).items():
                 found[name].append(value)
             if round_ < self.corrections:
-                prompts = _corrected(prompts, logits.detach()[:, :1], masks.cpu())
+                prompts = _corrected(prompts, logits.detach()[:, :1], on_cpu)
         return {
             f"loss_{name}": self.weights[name] * torch.stack(values).mean()
             for name, values in found.items()
@@ -96,7 +106,7 @@ class PromptableLoss:
     def _decode(
         model: RwkvSam, image: ImageEmbedding, prompts: SampledPrompts
     ) -> tuple[Tensor, Tensor]:
-        """All masks of all prompts: logits (N, M, 4h, 4w) and predicted IoU (N, M)."""
+        """All masks of N prompts, one an image: logits (N, M, 4h, 4w), predicted IoU (N, M)."""
         h, w = image.embedding.shape[-2:]
         device = image.embedding.device
         sparse, dense = model.prompt_encoder(
