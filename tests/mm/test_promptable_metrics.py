@@ -338,5 +338,10 @@ def test_stage_two_starts_from_the_parts_that_stage_one_gave(tmp_path: Path) -> 
     sum(model.train()([x], [masks], mode="loss").values()).backward()
     assert all(p.grad is None for p in model.sam.encoder.parameters())
     assert any(p.grad is not None for p in model.sam.neck.parameters())
+    trained = {f"sam.{key}": value for key, value in model.sam.state_dict().items()}
+    write_weights(trained, tmp_path / "epoch_1.pth")  # as tools/train.py names them
+    again = create_sam("rwkv_sam_nano", tmp_path / "epoch_1.pth", image_size=64)
+    for key, value in model.sam.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
     with pytest.raises(ValueError, match="frozen parts are among encoder, neck"):
         nano(frozen=("backbone",))

@@ -9,6 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import MODELS, init_default_scope
+from mmseg.models.segmentors import BaseSegmentor
 from mmseg.registry import DATASETS
 from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ class Predictor:
 
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another model.
+        ValueError: a model that is no classifier and no segmentor.
 
     Attributes:
         classes: names of the classes.
@@ -50,6 +52,11 @@ class Predictor:
         init_default_scope(cfg.get("default_scope", "mmengine"))
         self.device = torch.device(device)
         self.model = MODELS.build(cfg.model)
+        if not isinstance(self.model, ImageClassifier | BaseSegmentor):
+            raise ValueError(
+                f"wanted a classifier or a segmentor, got a {cfg.model.type}; a promptable model "
+                "answers prompts: tools/predict_prompt.py, or tools/auto_mask.py without any"
+            )
         load_strict(self.model, checkpoint)
         self.model.to(self.device).eval()
         dataset = dict(cfg.test_dataloader.dataset)

@@ -71,10 +71,10 @@ def ovsam_neck_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _parts(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Split by the first word of the names."""
+    """Split by the first word of the names, that of `PromptableSegmentor` left out."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
-        head, _, rest = key.partition(".")
+        head, _, rest = key.removeprefix("sam.").partition(".")
         found.setdefault(head, {})[rest] = value
     return found
 
@@ -102,7 +102,7 @@ def load_weights(
     checkpoint: Mapping[str, Any],
     parts: Sequence[str] | None = None,
 ) -> tuple[str, ...]:
-    """Load a checkpoint of ours or of ovsam, strictly.
+    """Load a checkpoint of ours (plain, or from `tools/train.py`) or of ovsam, strictly.
 
     Args:
         model: takes the weights.
