@@ -15,7 +15,7 @@ model = dict(
     model_name="rwkv_sam_nano",
     image_size=128,
     prompts=dict(weights=dict(box=2.0, jittered_box=1.0, points=3.0), max_points=2),
-    loss=dict(corrections=1, num_points=512, iou_weight=10.0),
+    loss=dict(corrections=1, num_points=512, iou_weight=3.0),
 )
 default_hooks = dict(checkpoint=dict(save_best="sam/box_mIoU"))
 custom_hooks = [*_base_.custom_hooks, dict(type="WorstPromptsHook")]

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vision.data.prompt_sampling import PromptSampler
+from vision.metrics import mask_iou
 from vision.sam import RwkvSam, create_sam
 from vision.sam import training as module
 from vision.sam.training import PromptableLoss
@@ -109,3 +111,15 @@ def test_images_share_a_batch() -> None:
     for name, value in together.items():
         expected = (2 * alone[0][name] + alone[1][name]) / 3
         torch.testing.assert_close(value, expected, rtol=0.05, atol=0)
+
+
+def test_the_iou_is_that_at_the_size_of_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    logits, masks = torch.randn(3, 4, 12, 16), torch.rand(3, 40, 50) > 0.5  # padded to 48 x 64
+    expected = torch.rand(3, 4)
+    whole = F.interpolate(logits, (48, 64), mode="bilinear", align_corners=False)[..., :40, :50] > 0
+    true = mask_iou(whole, masks[:, None].expand(-1, 4, -1, -1)).float()
+    wanted = (expected - true).square().flatten()
+    torch.testing.assert_close(module._iou_loss(expected, logits, masks), wanted)
+    monkeypatch.setattr(module, "_PIXELS_AT_ONCE", 1)
+    torch.testing.assert_close(module._iou_loss(expected, logits, masks), wanted)

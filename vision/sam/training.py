@@ -22,6 +22,9 @@ from vision.losses import (
 
 from .model import STRIDE, ImageEmbedding, RwkvSam
 
+# Pixels of enlarged logits that are looked at together, about 130 MiB.
+_PIXELS_AT_ONCE = 2**25
+
 
 class PromptableLoss:
     """Losses of the objects of a batch of images.
@@ -93,7 +96,7 @@ class PromptableLoss:
         found: dict[str, list[Tensor]] = defaultdict(list)
         for round_ in range(self.corrections + 1):
             logits, iou = self._decode(model, image, prompts)
-            for name, value in self._losses(logits, iou, targets).items():
+            for name, value in self._losses(logits, iou, targets, every).items():
                 found[name].append(value)
             if round_ < self.corrections:
                 prompts = _corrected(prompts, logits.detach()[:, :1], on_cpu)
@@ -123,21 +126,23 @@ class PromptableLoss:
             image.embedding, place, sparse[:, :-1], dense, image.share, multimask_output=every
         )
 
-    def _losses(self, logits: Tensor, iou: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Of the single mask, and of the best of those for ambiguous prompts."""
+    def _losses(
+        self, logits: Tensor, iou: Tensor, targets: Tensor, masks: Tensor
+    ) -> dict[str, Tensor]:
+        """Of the single mask, and of the best of those for ambiguous prompts.
+
+        `targets` are `masks` in the frame of the logits.
+        """
         count, several = logits.shape[:2]
         flat = logits.float().flatten(0, 1)[:, None]  # (N * M, 1, 4h, 4w)
         points = sample_uncertain_points(flat, self.num_points)
         truth = targets.to(flat)[:, None].repeat_interleave(several, 0)
         at_points = point_sample(truth, points)[:, 0]
         guess = point_sample(flat, points)[:, 0]
-        small = F.interpolate(targets.to(flat)[:, None], logits.shape[-2:], mode="area")
         losses = {
             "ce": sigmoid_cross_entropy(guess, at_points),
             "dice": dice_loss(guess, at_points),
-            "iou": iou_regression_loss(
-                iou.float().flatten(), flat[:, 0], small[:, 0].repeat_interleave(several, 0)
-            ),
+            "iou": _iou_loss(iou.float(), logits.detach().float(), masks),
         }
         losses = {name: value.view(count, several) for name, value in losses.items()}
         total = sum(self.weights[name] * losses[name] for name in ("ce", "dice"))
@@ -151,6 +156,27 @@ class PromptableLoss:
                 value = value + self.others_weight * losses[name][:, 1:].mean()
             used[name] = value
         return {**used, "iou": losses["iou"].mean()}
+
+
+def _iou_loss(iou: Tensor, logits: Tensor, masks: Tensor) -> Tensor:
+    """Of the predicted IoU (N, M) of logits (N, M, 4h, 4w), at the size of masks (N, H, W).
+
+    Thin parts, which a quarter of the size does not have, decide what a mask is worth.
+    """
+    height, width = masks.shape[1:]
+    rows = max(1, _PIXELS_AT_ONCE // (16 * logits[0].numel()))  # objects
+    parts = []
+    for expected, z, true in zip(
+        iou.split(rows), logits.split(rows), masks.split(rows), strict=True
+    ):
+        whole = F.interpolate(z, scale_factor=4, mode="bilinear", align_corners=False)
+        whole = whole[..., :height, :width].flatten(0, 1)
+        parts.append(
+            iou_regression_loss(
+                expected.flatten(), whole, true.repeat_interleave(iou.shape[1], 0).to(whole.device)
+            )
+        )
+    return torch.cat(parts)
 
 
 def _corrected(prompts: SampledPrompts, logits: Tensor, masks: Tensor) -> SampledPrompts:

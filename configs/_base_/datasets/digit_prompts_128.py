@@ -3,9 +3,7 @@
 Nothing is downloaded. Train and validation use other digits and other parts of the photographs.
 """
 
-scenes = dict(
-    size=128, num_digits=(1, 4), scale=(0.3, 0.6), contrast=(0.35, 0.5), min_visible=0.9
-)
+scenes = dict(size=128, num_digits=(1, 4), scale=(0.3, 0.6), contrast=(0.35, 0.5), min_visible=0.9)
 train_dataloader = dict(
     batch_size=8,
     num_workers=1,

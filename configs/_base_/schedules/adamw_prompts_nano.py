@@ -1,7 +1,7 @@
 """AdamW for a small promptable model from random weights, 16 epochs, cosine by iteration.
 
-The encoder learns three times as fast as the decoder, whose attention diverges at its rate. A
-config of another length repeats the scheduler.
+The encoder learns three times as fast as the decoder; the head that predicts the IoU learns slower,
+for its units die at the decoder's rate. A config of another length repeats the scheduler.
 """
 
 max_epochs = 16
@@ -12,7 +12,10 @@ optim_wrapper = dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
         flat_decay_mult=0.0,
-        custom_keys={"sam.encoder": dict(lr_mult=3.0)},
+        custom_keys={
+            "sam.encoder": dict(lr_mult=3.0),
+            "iou_prediction_head": dict(lr_mult=0.25),
+        },
     ),
     clip_grad=dict(max_norm=1.0),
 )
