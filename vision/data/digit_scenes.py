@@ -11,9 +11,9 @@ from math import cos, radians, sin
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
+from vision.data.epoch import SharedEpoch
 from vision.data.instances import box_of_mask, interior_point
 
 TASKS = ("classification", "segmentation", "promptable")
@@ -180,12 +180,7 @@ class DigitScenes(Dataset):
         self.rotation, self.min_visible, self.transform = rotation, min_visible, transform
         self.classes = DIGITS if classify else ("background", *DIGITS)
         self.length = len(digits_of_split(split)[0]) if length is None else int(length)
-        # Shared memory: persistent workers of a DataLoader must see set_epoch of the main process.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._epoch.share_memory_()  # copy.deepcopy gives ordinary memory
+        self._epoch = SharedEpoch()
 
     def __repr__(self) -> str:
         return (
@@ -199,7 +194,7 @@ class DigitScenes(Dataset):
     @property
     def epoch(self) -> int:
         """The epoch that samples are made for; always 0 in the val split."""
-        return int(self._epoch)
+        return int(self._epoch) if self.split == "train" else 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the scenes of an epoch; the val split has the same scenes in every epoch.
@@ -210,10 +205,7 @@ class DigitScenes(Dataset):
         Raises:
             ValueError: a negative epoch.
         """
-        if epoch < 0:
-            raise ValueError(f"epoch wants 0 or more, got {epoch}")
-        if self.split == "train":
-            self._epoch.fill_(epoch)
+        self._epoch.set(epoch)
 
     def __getitem__(self, index: int) -> Any:
         if not -self.length <= index < self.length:
