@@ -7,6 +7,7 @@ from .bi_wkv import bi_wkv
 from .dispatch import Availability, BackendUnavailableError, list_backends, use_backend
 from .gate import gate
 from .shift_mix import shift_mix
+from .wkv6 import wkv6_bi
 
 __all__ = [
     "Availability",
@@ -16,4 +17,5 @@ __all__ = [
     "list_backends",
     "shift_mix",
     "use_backend",
+    "wkv6_bi",
 ]

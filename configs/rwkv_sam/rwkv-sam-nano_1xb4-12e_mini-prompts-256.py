@@ -3,7 +3,7 @@
     python tools/train.py configs/rwkv_sam/rwkv-sam-nano_1xb4-12e_mini-prompts-256.py \
         --cfg-options data_root=/path/to/data model.checkpoint=/path/to/digits.pth
 
-`digits.pth` is what rwkv-sam-nano_1xb8-12e_digit-prompts-128.py gave; from random weights, 220
+`digits.pth` is what rwkv-sam-nano_1xb8-16e_digit-prompts-128.py gave; from random weights, 220
 images are too few for it to learn that an object fills its box. Expected: see docs/rwkv_sam.md.
 """
 
@@ -19,6 +19,10 @@ model = dict(
     loss=dict(corrections=1, num_points=3136),
 )
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
-train_cfg = dict(val_interval=6)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, begin=0, end=1, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", eta_min=1e-6, begin=1, end=12, convert_to_iter_based=True),
+]
+train_cfg = dict(max_epochs=12, val_interval=6)
 default_hooks = dict(checkpoint=dict(save_best="sam/box_mIoU"))
 custom_hooks = [*_base_.custom_hooks, dict(type="WorstPromptsHook")]

@@ -135,9 +135,9 @@ def test_one_layer_and_one_channel_are_finite(mode: str) -> None:
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(ValueError, match="there are fancy, local, global"):
         spatial_init("plain", 4, 0, 1)
-    with pytest.raises(ValueError, match="there are bi_wkv, attention"):
+    with pytest.raises(ValueError, match="there are bi_wkv, wkv6_bi, attention"):
         build_mixer("average", 4, 0, 1)
-    with pytest.raises(ValueError, match="there are channel_mix, geglu"):
+    with pytest.raises(ValueError, match="there are channel_mix, head_channel_mix, geglu"):
         build_channel_mixer("mlp", 4, 0, 1)
 
 
@@ -205,11 +205,12 @@ def test_channel_mix_by_its_formula() -> None:
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("channel_mixer", CHANNEL_MIXERS)
 def test_block_of_any_two_mixers(mixer: str, channel_mixer: str) -> None:
-    block = Block(12, 1, 3, mixer=mixer, channel_mixer=channel_mixer, norm_eps=1e-3)
+    # Whole heads of all of them: 6 of attention, of 64 channels of VRWKV6.
+    block = Block(192, 1, 3, mixer=mixer, channel_mixer=channel_mixer, norm_eps=1e-3)
     assert type(block.mixer) is MIXERS[mixer]
     assert type(block.channel_mix) is CHANNEL_MIXERS[channel_mixer]
     assert block.norm1.eps == block.norm2.eps == 1e-3
-    x = torch.randn(2, 6, 12, requires_grad=True)
+    x = torch.randn(2, 6, 192, requires_grad=True)
     block(x, (2, 3)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
 

@@ -14,6 +14,7 @@ import vision  # noqa: F401 -- registers the models
 # The families, with keywords that switch on what is off by default and cut what is not a block.
 FAMILIES = {
     "vision.models.vrwkv": {},
+    "vision.models.vrwkv6": {},
     "vision.models.rwkv_sam": {"use_pos_embed": True, "conv_depths": (1, 2)},
 }
 MODELS = sorted(name for name, fn in _model_entrypoints.items() if fn.__module__ in FAMILIES)
@@ -23,6 +24,9 @@ PARAMS = {
     "vrwkv_small_patch16_224": 23_820_136,
     "vrwkv_base_patch16_224": 93_645_544,
     "vrwkv_large_patch16_192": 334_881_768,
+    "vrwkv6_tiny_patch16_224": 7_641_256,
+    "vrwkv6_small_patch16_224": 27_677_032,
+    "vrwkv6_base_patch16_224": 104_898_280,
 }
 SIZES = [(64, 96), (40, 33)]  # neither square, the second no multiple of a patch
 
@@ -281,8 +285,9 @@ def test_export_keeps_one_operator_per_block(name: str) -> None:
     x = images((64, 96))
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}})
-    calls = [n for n in program.graph.nodes if "vision.bi_wkv" in str(n.target)]
-    assert len(calls) == 2
+    calls = [n for n in program.graph.nodes if "wkv" in str(n.target)]
+    operator = "vision.wkv6_bi.default" if "vrwkv6" in name else "vision.bi_wkv.default"
+    assert [str(n.target) for n in calls] == [operator] * 2
     torch.testing.assert_close(program.module()(x[:1]), model(x[:1]))
 
 

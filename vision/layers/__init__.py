@@ -6,9 +6,9 @@ import timm  # noqa: F401
 
 from .attention import Attention
 from .block import Block
-from .channel_mix import CHANNEL_MIXERS, ChannelMix, GeGLU, build_channel_mixer
+from .channel_mix import CHANNEL_MIXERS, ChannelMix, GeGLU, HeadChannelMix, build_channel_mixer
 from .conv import MBConv, MBConvBlock
-from .mixers import MIXERS, BiWKVMixer, build_mixer
+from .mixers import MIXERS, BiWKVMixer, WKV6Mixer, build_mixer
 from .pos_embed import resample_pos_embed
 from .shift_mix import SHIFTS, ShiftMix, q_shift, single_shift
 
@@ -21,9 +21,11 @@ __all__ = [
     "Block",
     "ChannelMix",
     "GeGLU",
+    "HeadChannelMix",
     "MBConv",
     "MBConvBlock",
     "ShiftMix",
+    "WKV6Mixer",
     "build_channel_mixer",
     "build_mixer",
     "q_shift",

@@ -14,6 +14,7 @@ from vision.kernels import gate
 from .activation import gelu
 from .init import channel_init
 from .shift_mix import ShiftMix
+from .vrwkv6_mix import HeadShiftMix
 
 
 class ChannelMix(nn.Module):
@@ -62,6 +63,43 @@ class ChannelMix(nn.Module):
         return gate(self.receptance(xr), self.value(hidden))
 
 
+class HeadChannelMix(ChannelMix):
+    """Channel mix of VRWKV6: that of Vision-RWKV with `head_shift`.
+
+    Args:
+        dim: channels C.
+        layer: index of the block in the network, from 0.
+        depth: number of blocks in the network.
+        head_size: channels of a head, a divisor of C.
+        mlp_ratio: width of the hidden layer over `dim`.
+        shift: token shift, a name in `SHIFTS`.
+        shift_pixels: distance of the shift in patches, at least 1.
+        channel_gamma: share of a head's channels that shifts in one direction.
+        init_mode: first values, fancy, local or global.
+        key_norm: LayerNorm on the hidden layer.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        layer: int,
+        depth: int,
+        *,
+        head_size: int = 64,
+        mlp_ratio: float = 4.0,
+        shift: str = "q_shift",
+        shift_pixels: int = 1,
+        channel_gamma: float = 0.25,
+        init_mode: str = "fancy",
+        key_norm: bool = False,
+    ) -> None:
+        super().__init__(
+            dim, layer, depth, mlp_ratio=mlp_ratio, init_mode=init_mode, key_norm=key_norm
+        )
+        first = channel_init(init_mode, dim, layer, depth)
+        self.shift_mix = HeadShiftMix(first, head_size, shift, shift_pixels, channel_gamma)
+
+
 class GeGLU(nn.Module):
     """Feed-forward with a GELU gate, `W_2 (gelu(W_0 x) * W_1 x)` with biases (arXiv:2002.05202).
 
@@ -84,7 +122,11 @@ class GeGLU(nn.Module):
         return self.output(gelu(self.gate(x)) * self.value(x))
 
 
-CHANNEL_MIXERS: dict[str, type[nn.Module]] = {"channel_mix": ChannelMix, "geglu": GeGLU}
+CHANNEL_MIXERS: dict[str, type[nn.Module]] = {
+    "channel_mix": ChannelMix,
+    "head_channel_mix": HeadChannelMix,
+    "geglu": GeGLU,
+}
 
 
 def build_channel_mixer(name: str, dim: int, layer: int, depth: int, **options: Any) -> nn.Module:

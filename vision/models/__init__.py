@@ -1,7 +1,8 @@
 """Model families; importing this package registers their timm entry points."""
 
+from . import vrwkv6
 from .ran import ResidualAttentionNet
 from .rwkv_sam import RwkvSamEncoder
 from .vrwkv import VisionRWKV
 
-__all__ = ["ResidualAttentionNet", "RwkvSamEncoder", "VisionRWKV"]
+__all__ = ["ResidualAttentionNet", "RwkvSamEncoder", "VisionRWKV", "vrwkv6"]

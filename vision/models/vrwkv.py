@@ -7,7 +7,7 @@ differs slightly from the paper's formula, which is the one computed here (see t
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ from .checkpoint import (
 )
 from .classifier import HEAD_NAMES, TokenClassifier, init_linear
 
-__all__ = ["VisionRWKV", "checkpoint_filter_fn"]
+__all__ = ["VisionRWKV", "checkpoint_filter_fn", "create_vrwkv", "map_checkpoint", "published_cfg"]
 
 
 class VisionRWKV(TokenClassifier):
@@ -51,11 +51,16 @@ class VisionRWKV(TokenClassifier):
         patch_size: side of a patch in pixels.
         in_chans: channels of the input image.
         num_classes: outputs of the classifier; 0 for none.
-        global_pool: avg, max, avgmax, or "" to keep the tokens.
+        global_pool: avg, max, avgmax, token (see `class_token`), or "" to keep the tokens.
         embed_dim: channels C of the tokens.
         depth: number of blocks.
         mlp_ratio: hidden width of the channel mix over `embed_dim`.
         mixer: token mixer, a name in `vision.layers.MIXERS`.
+        channel_mixer: feed-forward half, a name in `vision.layers.CHANNEL_MIXERS`.
+        head_size: channels of a head, for mixers that have heads of the RWKV kind (VRWKV6); else
+            None.
+        class_token: append a learnt token after those of the grid, for mixers that can take it
+            (VRWKV6); `global_pool` may then be "token", the others leave it out.
         shift: token shift, a name in `vision.layers.SHIFTS`.
         shift_pixels: distance of the shift in patches; 0 for none.
         channel_gamma: share of the channels that shifts in one direction.
@@ -76,11 +81,14 @@ class VisionRWKV(TokenClassifier):
         patch_size: int = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: Literal["", "avg", "max", "avgmax"] = "avg",
+        global_pool: Literal["", "avg", "max", "avgmax", "token"] = "avg",
         embed_dim: int = 192,
         depth: int = 12,
         mlp_ratio: float = 4.0,
         mixer: str = "bi_wkv",
+        channel_mixer: str = "channel_mix",
+        head_size: int | None = None,
+        class_token: bool = False,
         shift: str = "q_shift",
         shift_pixels: int = 1,
         channel_gamma: float = 0.25,
@@ -94,7 +102,7 @@ class VisionRWKV(TokenClassifier):
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(num_classes, global_pool, embed_dim, head_hidden_size or embed_dim)
+        super().__init__(num_classes, "avg", embed_dim, head_hidden_size or embed_dim)
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         self.embed_dim = embed_dim
@@ -108,14 +116,18 @@ class VisionRWKV(TokenClassifier):
             dynamic_img_pad=True,
         )
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self._set_pool(global_pool)
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.norm_pre = nn.LayerNorm(embed_dim)
+        of_heads: dict[str, Any] = {} if head_size is None else {"head_size": head_size}
         self.blocks = nn.ModuleList(
             Block(
                 embed_dim,
                 layer,
                 depth,
                 mixer=mixer,
+                channel_mixer=channel_mixer,
                 mlp_ratio=mlp_ratio,
                 post_norm=post_norm,
                 init_values=init_values,
@@ -125,6 +137,7 @@ class VisionRWKV(TokenClassifier):
                 channel_gamma=channel_gamma,
                 init_mode=init_mode,
                 key_norm=key_norm,
+                **of_heads,
             )
             for layer in range(depth)
         )
@@ -145,13 +158,13 @@ class VisionRWKV(TokenClassifier):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters of more than one dimension that should not decay."""
-        return {"pos_embed"}
+        return {"pos_embed"} if self.cls_token is None else {"pos_embed", "cls_token"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort the parameters by depth (timm's layer decay)."""
         return {
-            "stem": r"^pos_embed|^patch_embed|^norm_pre",
+            "stem": r"^pos_embed|^cls_token|^patch_embed|^norm_pre",
             "blocks": r"^blocks\.(\d+)"
             if coarse
             else [(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))],
@@ -172,8 +185,14 @@ class VisionRWKV(TokenClassifier):
             resample_pos_embed(self.pos_embed.detach(), old, new), self.pos_embed.requires_grad
         )
 
+    def _set_pool(self, global_pool: str) -> None:
+        if global_pool == "token" and self.cls_token is not None:
+            self.global_pool = global_pool
+        else:
+            super()._set_pool(global_pool)
+
     def _tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Image (B, C, H, W) to tokens before the first block (B, h*w, C) and the grid (h, w)."""
+        """Image (B, C, H, W) to tokens before the first block (B, T, C) and the grid (h, w)."""
         if x.ndim != 4 or 0 in x.shape:
             raise ValueError(
                 "wanted a batch of images (B, in_chans, H, W) with no empty side, "
@@ -182,6 +201,8 @@ class VisionRWKV(TokenClassifier):
         hw = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         x = self.patch_embed(x)
         x = x + resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, hw)
+        if self.cls_token is not None:
+            x = torch.cat([x, self.cls_token.expand(len(x), -1, -1)], 1)
         return self.norm_pre(self.pos_drop(x)), hw
 
     def _run_block(self, block: nn.Module, x: Tensor, hw: tuple[int, int]) -> Tensor:
@@ -197,7 +218,8 @@ class VisionRWKV(TokenClassifier):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        return_prefix_tokens: bool = False,
+    ) -> list[Any] | tuple[Tensor, list[Any]]:
         """Run the blocks and collect what some of them put out.
 
         Args:
@@ -208,9 +230,12 @@ class VisionRWKV(TokenClassifier):
             stop_early: do not run the blocks after the last one asked for.
             output_fmt: "NCHW" for maps (B, C, h, w), "NLC" for tokens (B, h*w, C).
             intermediates_only: leave the final tokens out of the answer.
+            return_prefix_tokens: make every intermediate a pair of the map or the tokens of the
+                grid, and the class token (B, 1, C), which comes last here (timm's name).
 
         Returns:
-            The intermediates, or (final tokens after the final norm, intermediates).
+            The intermediates, without the class token, or (final tokens after the final norm,
+            intermediates).
 
         Raises:
             ValueError: an unknown output format.
@@ -224,9 +249,13 @@ class VisionRWKV(TokenClassifier):
             x = self._run_block(block, x, hw)
             if i in take:
                 found.append(self.norm(x) if norm else x)
+        count = hw[0] * hw[1]
+        maps: list[Any] = [y[:, :count] if self.cls_token is not None else y for y in found]
         if output_fmt == "NCHW":
-            found = [y.transpose(1, 2).unflatten(2, hw).contiguous() for y in found]
-        return found if intermediates_only else (self.norm(x), found)
+            maps = [y.transpose(1, 2).unflatten(2, hw).contiguous() for y in maps]
+        if return_prefix_tokens:
+            maps = [(y, tokens[:, count:]) for y, tokens in zip(maps, found, strict=True)]
+        return maps if intermediates_only else (self.norm(x), maps)
 
     def prune_intermediate_layers(
         self,
@@ -245,7 +274,10 @@ class VisionRWKV(TokenClassifier):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to tokens after the final norm (B, h*w, C)."""
+        """Images (B, in_chans, H, W) to tokens after the final norm, (B, h*w, C).
+
+        A class token comes last and makes them one more.
+        """
         x, hw = self._tokens(x)
         for block in self.blocks:
             x = self._run_block(block, x, hw)
@@ -256,6 +288,8 @@ class VisionRWKV(TokenClassifier):
 
         With `global_pool=""` the token axis stays.
         """
+        if self.cls_token is not None and self.global_pool:
+            x = x[:, -1:] if self.global_pool == "token" else x[:, :-1]
         return self._classify(x, pre_logits, self.pre_logits)
 
 
@@ -307,19 +341,37 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str,
         CheckpointError: keys that have no place in the model, keys the model misses, or a
             position embedding that is no square grid; the message lists them.
     """
+    return map_checkpoint(state_dict, model)
+
+
+def map_checkpoint(
+    state_dict: Mapping[str, Any], model: Any, mixer_map: Sequence[tuple[str, str]] = ()
+) -> dict[str, Tensor]:
+    """Do as `checkpoint_filter_fn` for a family whose token mixer has parameters of its own.
+
+    Args:
+        state_dict: checkpoint as read from the file.
+        model: the `VisionRWKV` that will load the result.
+        mixer_map: patterns of upstream's names in the token mixer, which is `blocks.N.mixer`
+            already, and ours; as for `rename`.
+    """
     inside, outside = split_prefix(
         unwrap_state_dict(state_dict), r"patch_embed\.proj(?:ection)?\.weight", "Vision-RWKV"
     )
-    mapped = rename(inside, _KEY_MAP + _HEAD_MAP, _NOT_BACKBONE)
+    mapped = rename(inside, [*_KEY_MAP, *mixer_map, *_HEAD_MAP], _NOT_BACKBONE)
     mapped |= rename(outside, _HEAD_MAP, _NOT_BACKBONE)
-    mapped = {k: v.flatten() if ".shift_mix." in k else v for k, v in mapped.items()}
-    options = "post_norm, key_norm, init_values, final_norm, head_hidden_size"
-    check_names(mapped, model.state_dict(), HEAD_NAMES, options)
+    wanted = model.state_dict()
+    # Upstream's vectors are (1, 1, C), or (heads, C / heads).
+    vectors = {name for name, value in wanted.items() if value.ndim == 1}
+    mapped = {k: v.flatten() if k in vectors else v for k, v in mapped.items()}
+    options = "post_norm, key_norm, init_values, final_norm, head_hidden_size, class_token"
+    check_names(mapped, wanted, HEAD_NAMES, options)
     mapped["pos_embed"] = fit_pos_embed(mapped["pos_embed"], model.patch_embed.grid_size)
     return mapped
 
 
-def _cfg(filename: str = "", **kwargs: Any) -> dict[str, Any]:
+def published_cfg(filename: str = "", **kwargs: Any) -> dict[str, Any]:
+    """The `pretrained_cfg` of a model; without a file of OpenGVLab's it has no weights."""
     published = {
         "hf_hub_id": "OpenGVLab/Vision-RWKV",
         "hf_hub_filename": filename,
@@ -344,21 +396,37 @@ def _cfg(filename: str = "", **kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "vrwkv_nano_patch8_224.untrained": _cfg(),
-        "vrwkv_tiny_patch16_224.in1k": _cfg("vrwkv_t_in1k_224.pth"),
-        "vrwkv_small_patch16_224.in1k": _cfg("vrwkv_s_in1k_224.pth"),
-        "vrwkv_base_patch16_224.in1k": _cfg("vrwkv_b_in1k_224.pth"),
-        "vrwkv_large_patch16_192.in22k_ft_in1k_384": _cfg(
+        "vrwkv_nano_patch8_224.untrained": published_cfg(),
+        "vrwkv_tiny_patch16_224.in1k": published_cfg("vrwkv_t_in1k_224.pth"),
+        "vrwkv_small_patch16_224.in1k": published_cfg("vrwkv_s_in1k_224.pth"),
+        "vrwkv_base_patch16_224.in1k": published_cfg("vrwkv_b_in1k_224.pth"),
+        "vrwkv_large_patch16_192.in22k_ft_in1k_384": published_cfg(
             "vrwkv_l_22kto1k_384.pth", input_size=(3, 384, 384), crop_pct=1.0
         ),
-        "vrwkv_large_patch16_192.in22k": _cfg(
+        "vrwkv_large_patch16_192.in22k": published_cfg(
             "vrwkv_l_in22k_192.pth", input_size=(3, 192, 192), crop_pct=1.0, num_classes=21841
         ),
     }
 )
 
 
-def _create_vrwkv(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def create_vrwkv(
+    variant: str,
+    pretrained: bool = False,
+    filter_fn: Callable[..., dict[str, Tensor]] = checkpoint_filter_fn,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a `VisionRWKV` by timm's builder.
+
+    Args:
+        variant: name of the entry point.
+        pretrained: load the published weights, or those of the file in the overlay.
+        filter_fn: maps a checkpoint to the model's names.
+        **kwargs: of the model and of timm's builder.
+
+    Raises:
+        RuntimeError: the published weights could not be fetched.
+    """
     if pretrained:
         kwargs = with_weights_of_file(kwargs)
     build = partial(
@@ -366,7 +434,7 @@ def _create_vrwkv(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.M
         VisionRWKV,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=filter_fn,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **kwargs,
     )
@@ -395,28 +463,28 @@ def _create_vrwkv(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.M
 def vrwkv_nano_patch8_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """VRWKV-nano, 64 channels, 4 blocks, patches of 8: for tests and CPU examples. No weights."""
     args = {"patch_size": 8, "embed_dim": 64, "depth": 4, **kwargs}
-    return _create_vrwkv("vrwkv_nano_patch8_224", pretrained, **args)
+    return create_vrwkv("vrwkv_nano_patch8_224", pretrained, **args)
 
 
 @register_model
 def vrwkv_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """VRWKV-T, 6.2 M parameters, 1.2 G multiply-adds at 224 px."""
     args = {"embed_dim": 192, "depth": 12, **kwargs}
-    return _create_vrwkv("vrwkv_tiny_patch16_224", pretrained, **args)
+    return create_vrwkv("vrwkv_tiny_patch16_224", pretrained, **args)
 
 
 @register_model
 def vrwkv_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """VRWKV-S, 23.8 M parameters, 4.6 G multiply-adds at 224 px."""
     args = {"embed_dim": 384, "depth": 12, "post_norm": True, "init_values": 1.0, **kwargs}
-    return _create_vrwkv("vrwkv_small_patch16_224", pretrained, **args)
+    return create_vrwkv("vrwkv_small_patch16_224", pretrained, **args)
 
 
 @register_model
 def vrwkv_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """VRWKV-B, 93.7 M parameters, 18.2 G multiply-adds at 224 px."""
     args = {"embed_dim": 768, "depth": 12, "post_norm": True, "init_values": 1e-5, **kwargs}
-    return _create_vrwkv("vrwkv_base_patch16_224", pretrained, **args)
+    return create_vrwkv("vrwkv_base_patch16_224", pretrained, **args)
 
 
 @register_model
@@ -436,4 +504,4 @@ def vrwkv_large_patch16_192(pretrained: bool = False, **kwargs: Any) -> nn.Modul
         "head_hidden_size": 3072,
         **kwargs,
     }
-    return _create_vrwkv("vrwkv_large_patch16_192", pretrained, **args)
+    return create_vrwkv("vrwkv_large_patch16_192", pretrained, **args)
