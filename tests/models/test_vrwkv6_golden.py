@@ -11,6 +11,7 @@ from torch import Tensor
 from vision.kernels.testing import max_error
 from vision.layers import build_mixer
 from vision.layers.vrwkv6_mix import HeadShiftMix, head_shift
+from vision.models.complexity import count_complexity
 from vision.models.vrwkv import VisionRWKV
 from vision.models.vrwkv6 import checkpoint_filter_fn
 
@@ -216,3 +217,8 @@ def test_published_names_fit_the_model() -> None:
     # Our own files load as they are.
     again = checkpoint_filter_fn(model.state_dict(), model)
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
+def test_multiply_adds_are_upstreams() -> None:
+    found = count_complexity(timm.create_model("vrwkv6_tiny_patch16_224"), (3, 224, 224))
+    assert round(found.macs / 1e9, 3) == 1.659

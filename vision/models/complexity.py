@@ -10,6 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 # Upstream's count for everything in a block between the matrix products, per token and channel
 # (shift, mixes, scan, gates; its tool get_flops_backbone.py).
 BI_WKV_MACS_PER_ELEMENT = 29
+# The same of VRWKV6, by head size N: 7 N + 17 per token and channel, and the hyperbolic tangents of
+# its low-rank maps per token; their products are matrix products.
+WKV6_MACS_PER_HEAD_CHANNEL, WKV6_MACS_PER_ELEMENT, WKV6_MACS_PER_TOKEN = 7, 17, 224
 # A norm with scale and shift costs two multiply-adds per element (the count of mmcv's tool).
 NORM_MACS_PER_ELEMENT = 2
 
@@ -40,6 +43,13 @@ def _numel(shape: Any) -> int:
     return int(torch.Size(shape).numel())
 
 
+def _wkv6_macs(r: Any, u: Any) -> int:
+    """Of tokens of the shape (B, T, C) and a bonus of the shape (heads, N)."""
+    batch, tokens, channels = r
+    per_token = channels * (WKV6_MACS_PER_HEAD_CHANNEL * u[1] + WKV6_MACS_PER_ELEMENT)
+    return batch * tokens * (per_token + WKV6_MACS_PER_TOKEN)
+
+
 def count_complexity(model: nn.Module, input_size: tuple[int, int, int]) -> Complexity:
     """Run one image through the model and count.
 
@@ -61,6 +71,8 @@ def count_complexity(model: nn.Module, input_size: tuple[int, int, int]) -> Comp
     }
     wkv = torch.ops.vision.bi_wkv
     formulas[wkv] = lambda w, u, k, *_, **__: 2 * BI_WKV_MACS_PER_ELEMENT * _numel(k)
+    wkv6 = torch.ops.vision.wkv6_bi
+    formulas[wkv6] = lambda r, k, v, w, u, *_, **__: 2 * _wkv6_macs(r, u)
     first = next(model.parameters())
     image = torch.zeros(1, *input_size, device=first.device, dtype=first.dtype)
     training = model.training
@@ -70,7 +82,7 @@ def count_complexity(model: nn.Module, input_size: tuple[int, int, int]) -> Comp
     model.train(training)
     by_op = counter.get_flop_counts()["Global"]
     norm = sum(by_op.get(op, 0) for op in norms + batch_norms) // 2
-    operator = by_op.get(wkv, 0) // 2
+    operator = sum(by_op.get(op, 0) for op in (wkv, wkv6)) // 2
     total = sum(by_op.values()) // 2
     params = sum(p.numel() for p in model.parameters())
     return Complexity(params, total - norm - operator, operator, norm)
