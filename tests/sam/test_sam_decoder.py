@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from vision.sam.mask_decoder import HighResolution, MaskDecoder
-from vision.sam.prompt_encoder import PositionEmbedding, PromptEncoder
+from vision.sam.mask_decoder import HighResolution, MaskDecoder, likely_iou
+from vision.sam.prompt_encoder import PositionEmbedding, PromptEncoder, filled_boxes
 from vision.sam.transformer import Attention, TwoWayTransformer
 
 DIM = 64
@@ -188,6 +190,89 @@ def test_masks_of_some_prompts_only() -> None:
         some = prompts.dense(masks, torch.tensor([False, True]))
         torch.testing.assert_close(some[1], prompts.dense(masks)[1])
         torch.testing.assert_close(some[0], prompts.dense(None)[0].expand(-1, 4, 4))
+
+
+corner = st.integers(0, 63)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(corner, corner, corner, corner), min_size=1, max_size=4))
+def test_a_filled_box_has_its_pixels_in_the_cells(corners: list[tuple[int, ...]]) -> None:
+    """The share of every cell is the mean of the 4 x 4 pixels of the box's mask."""
+    masks = torch.zeros(len(corners), 1, 64, 64)
+    boxes = torch.tensor(corners).view(-1, 2, 2)
+    low, high = boxes.amin(1), boxes.amax(1)
+    for mask, (x0, y0), (x1, y1) in zip(masks, low.tolist(), high.tolist(), strict=True):
+        mask[:, y0 : y1 + 1, x0 : x1 + 1] = 1
+    other = torch.tensor([[9.0, 50.0]]).expand(len(corners), 1, 2)
+    coords = torch.cat([other, high[:, None], low[:, None]], 1)  # in any order
+    labels = torch.tensor([[1, 3, 2]]).expand(len(corners), 3)
+    logits, boxed = filled_boxes(coords, labels, (64, 64))
+    assert boxed.all()
+    torch.testing.assert_close(logits, 6 * (2 * F.avg_pool2d(masks, 4) - 1))
+
+
+def test_dense_boxes_are_mask_prompts_unless_a_mask_is_given() -> None:
+    torch.manual_seed(0)
+    prompts = PromptEncoder(DIM, dense_boxes=True).double()
+    size = (64, 96)
+    box = torch.tensor([[8.0, 16.0, 71.0, 47.0]], dtype=torch.float64)
+    drawn = torch.full((1, 1, 16, 24), -6.0, dtype=torch.float64)
+    drawn[..., 4:12, 2:18] = 6
+    given = draw(2, 1, 16, 24)
+    corners = torch.cat([box, box]).unflatten(1, (2, 2))
+    labels = torch.tensor([[2, 3], [1, 0]])  # the second prompt has no box
+    with torch.no_grad():
+        filled, nothing = prompts.dense(drawn), prompts.dense(None)
+        sparse, dense = prompts(None, box, None, size)
+        torch.testing.assert_close(dense, filled)
+        prompts.dense_boxes = False
+        torch.testing.assert_close(sparse, prompts(None, box, None, size)[0])
+        prompts.dense_boxes = True
+        _, mixed = prompts((corners, labels), None, None, size)
+        torch.testing.assert_close(mixed[:1], filled)
+        torch.testing.assert_close(mixed[1:], nothing.expand(1, -1, 4, 6))
+        _, masked = prompts((corners, labels), None, given, size)
+        torch.testing.assert_close(masked, prompts.dense(given))
+        use = torch.tensor([False, True])
+        _, some = prompts((corners, labels), None, given, size, use)
+        torch.testing.assert_close(some, torch.cat([filled, prompts.dense(given[1:])]))
+
+
+def test_likely_iou_is_that_of_independent_pixels() -> None:
+    """Expected intersection over expected union, pixel by pixel in float64."""
+    logits = 3 * draw(2, 3, 5, 7)
+    found = likely_iou(logits)
+    for mask, value in zip(logits.flatten(0, 1), found.flatten(), strict=True):
+        shared = either = 0.0
+        for z in mask.flatten().tolist():
+            p = 1 / (1 + torch.tensor(-z, dtype=torch.float64).exp().item())
+            shared += p if z > 0 else 0
+            either += 1 if z > 0 else p
+        assert value.item() == pytest.approx(shared / either, abs=1e-12)
+    sure = torch.where(draw(5, 7) > 0, 100.0, -100.0)
+    assert likely_iou(sure) == 1
+    assert likely_iou(torch.full((5, 7), -1e4)) == 0
+    assert likely_iou(sure.half()).dtype == torch.float32
+
+
+def test_scored_masks_are_the_same_masks() -> None:
+    """Only the expected IoU changes, by the share that the logits make likely."""
+    plain, scored = decoder(), decoder(score_masks=True)
+    with torch.no_grad():
+        scored.likely_iou_gain.copy_(torch.tensor([1.0, 0.5, 2.0, -1.0]))
+    args = draw(1, DIM, 4, 4), draw(1, DIM, 4, 4), draw(2, 2, DIM), draw(1, DIM, 1, 1)
+    for several, rows in ((None, slice(0, 4)), (False, slice(0, 1)), (True, slice(1, 4))):
+        masks, iou = plain(*args, multimask_output=several)
+        same, better = scored(*args, multimask_output=several)
+        torch.testing.assert_close(same, masks)
+        gain = scored.likely_iou_gain[rows]
+        torch.testing.assert_close(better, iou + gain * likely_iou(masks))
+    scored.zero_grad()
+    better.sum().backward()
+    head = scored.output_hypernetworks_mlps[1].layers[0].weight
+    assert head.grad is None or not head.grad.any()  # the score does not change the masks
+    assert scored.likely_iou_gain.grad.ne(0).any()
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,23 @@ class HeadMLP(nn.Module):
         return self.layers[-1](x)
 
 
+def likely_iou(logits: Tensor) -> Tensor:
+    """IoU of masks with their objects, if the logits are right about every pixel.
+
+    Args:
+        logits: (..., h, w); a pixel belongs to the mask above 0.
+
+    Returns:
+        (...,), 0 .. 1, float32 at least: the expected intersection over the expected union; 0 for
+        an empty mask.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    share, inside = logits.sigmoid(), logits > 0
+    shared = (share * inside).sum((-2, -1))
+    either = torch.where(inside, 1.0, share).sum((-2, -1))
+    return shared / either.clamp(min=torch.finfo(either.dtype).tiny)
+
+
 class HighResolution(nn.Module):
     """Mix the upscaled embedding of a prompt with the image's maps of strides 4 and 8.
 
@@ -88,6 +105,9 @@ class MaskDecoder(nn.Module):
         num_heads: heads of the transformer's attention.
         mlp_dim: hidden width of the transformer's feed-forward.
         iou_hidden: hidden width of the head that predicts the masks' quality.
+        score_masks: add to what that head says the IoU that the logits themselves make likely (see
+            `likely_iou`), so that it needs to learn only how far they are right. Segment
+            Anything's head does not see the mask, and hardly knows a bad one of a good kind.
     """
 
     def __init__(
@@ -99,6 +119,7 @@ class MaskDecoder(nn.Module):
         num_heads: int = 8,
         mlp_dim: int = 2048,
         iou_hidden: int = 256,
+        score_masks: bool = False,
     ) -> None:
         super().__init__()
         if dim % 8:
@@ -120,6 +141,9 @@ class MaskDecoder(nn.Module):
             HeadMLP(dim, dim, dim // 8) for _ in range(self.fed)
         )
         self.iou_prediction_head = HeadMLP(dim, iou_hidden, self.num_mask_tokens)
+        self.likely_iou_gain = (
+            nn.Parameter(torch.ones(self.num_mask_tokens)) if score_masks else None
+        )
         self.high_res = (
             HighResolution(high_res_channels, dim // 4, dim // 8) if high_res_channels else None
         )
@@ -176,8 +200,11 @@ class MaskDecoder(nn.Module):
         )  # (N, M, dim/8)
         up = self._upscale(image.transpose(1, 2).unflatten(2, embedding.shape[-2:]), share)
         masks = (weights @ up.flatten(2)).unflatten(2, up.shape[-2:])
-        iou = self.iou_prediction_head(found[:, 0])
-        return masks, iou[:, chosen.start : chosen.stop]
+        iou = self.iou_prediction_head(found[:, 0])[:, chosen.start : chosen.stop]
+        if self.likely_iou_gain is not None:
+            gain = self.likely_iou_gain[chosen.start : chosen.stop]
+            iou = iou + gain * likely_iou(masks.detach()).to(iou)
+        return masks, iou
 
     def _upscale(self, image: Tensor, share: Tensor | None) -> Tensor:
         up = self.output_upscaling(image)  # (N, dim/8, 4h, 4w)

@@ -348,6 +348,8 @@ def build_sam(
     mlp_dim: int = 2048,
     high_res: bool = True,
     single_mask: bool = False,
+    score_masks: bool = False,
+    dense_boxes: bool = False,
     image_size: int = 1024,
     pad_to_square: bool = False,
 ) -> RwkvSam:
@@ -360,6 +362,8 @@ def build_sam(
         mlp_dim: hidden width of the decoder's feed-forward.
         high_res: sharpen masks with the encoder's maps of strides 4 and 8.
         single_mask: only the token of the single mask, as the published model.
+        score_masks: the expected IoU takes the logits into account, see `MaskDecoder`.
+        dense_boxes: boxes are mask prompts as well, see `PromptEncoder`.
         image_size: longest side in pixels to which a predictor resizes.
         pad_to_square: pad to squares, as Segment Anything.
 
@@ -388,12 +392,13 @@ def build_sam(
     stats = backbone.pretrained_cfg
     model = RwkvSam(
         backbone,
-        PromptEncoder(dim),
+        PromptEncoder(dim, dense_boxes=dense_boxes),
         MaskDecoder(
             dim,
             high_res_channels=(channels[0], channels[1]) if high_res else None,
             single_mask=single_mask,
             mlp_dim=mlp_dim,
+            score_masks=score_masks,
         ),
         Neck(channels[skip:], dim),
         embedding_index=range(skip, len(wanted)),
@@ -413,6 +418,8 @@ SAM_MODELS: dict[str, dict[str, Any]] = {
         "encoder": "rwkv_sam_nano",
         "dim": 64,
         "mlp_dim": 256,
+        "score_masks": True,
+        "dense_boxes": True,
         "image_size": 256,
     },
     "rwkv_sam_tiny": {"encoder": "rwkv_sam_tiny"},

@@ -80,13 +80,14 @@ class OnnxDecoder(nn.Module):
         """
         model, prompts = self.model, self.model.prompt_encoder
         h, w = embedding.shape[-2:]
-        sparse = prompts.embed_points(point_coords, point_labels.long(), (STRIDE * h, STRIDE * w))
-        dense = prompts.dense(mask_input, has_mask_input > 0)
+        size, points = (STRIDE * h, STRIDE * w), (point_coords, point_labels.long())
+        sparse = prompts.embed_points(*points, size)
+        dense = prompts.dense(mask_input, has_mask_input > 0, points, size)
         place = prompts.position.grid((h, w))
         low_res, iou = model.mask_decoder(
             embedding, place, sparse, dense, share, self.multimask_output
         )
-        height, width = _sizes(input_size, (STRIDE * h, STRIDE * w))
+        height, width = _sizes(input_size, size)
         masks = model.upscale_masks(low_res, (height, width), _sizes(orig_im_size))
         return masks, iou, low_res
 

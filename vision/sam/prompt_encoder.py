@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 # Rows of the label embedding; a padding point (label -1) takes the last one.
 BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT, NOT_A_POINT = range(5)
+# Of a sure pixel in a mask prompt, as a trained decoder gives them; pixels of a prompt mask's cell.
+SURE_LOGIT, CELL = 6.0, 4
 
 
 class PositionEmbedding(nn.Module):
@@ -55,11 +57,15 @@ class PromptEncoder(nn.Module):
     Args:
         dim: channels of the tokens and of the image embedding.
         mask_channels: hidden width of the convolutions over a mask prompt.
+        dense_boxes: a box of a prompt without a mask is a mask prompt as well, filled. Segment
+            Anything's model knows a box by its corners only, and where these are has to be learnt
+            from more images than a small data set has.
     """
 
-    def __init__(self, dim: int = 256, mask_channels: int = 16) -> None:
+    def __init__(self, dim: int = 256, mask_channels: int = 16, dense_boxes: bool = False) -> None:
         super().__init__()
         self.dim = dim
+        self.dense_boxes = dense_boxes
         self.position = PositionEmbedding(dim)
         self.label_embed = nn.Embedding(5, dim)
         self.no_mask_embed = nn.Parameter(torch.randn(dim))
@@ -89,38 +95,31 @@ class PromptEncoder(nn.Module):
         place = place.masked_fill((labels < 0)[..., None], 0.0)
         return place + self.label_embed(torch.remainder(labels, NOT_A_POINT + 1))
 
-    def sparse(
+    def dense(
         self,
-        points: tuple[Tensor, Tensor] | None,
-        boxes: Tensor | None,
-        size: tuple[int, int],
+        masks: Tensor | None,
+        with_mask: Tensor | None = None,
+        points: tuple[Tensor, Tensor] | None = None,
+        size: tuple[int, int] = (0, 0),
     ) -> Tensor:
-        """Tokens of the points and the boxes; see `forward`."""
-        coords, labels = [], []
-        if points is not None:
-            coords.append(points[0])
-            labels.append(points[1].long())
-        if boxes is not None:
-            coords.append(boxes.unflatten(-1, (2, 2)))
-            corners = torch.tensor([TOP_LEFT, BOTTOM_RIGHT], device=boxes.device)
-            labels.append(corners.expand(len(boxes), 2))
-        elif points is not None:
-            # What the published decoder has seen: a padding point wherever no box comes.
-            coords.append(torch.zeros_like(points[0][:, :1]))
-            labels.append(torch.full_like(labels[0][:, :1], -1))
-        if not coords:
-            return self.no_mask_embed.new_zeros(1, 0, self.dim)
-        return self.embed_points(torch.cat(coords, 1), torch.cat(labels, 1), size)
-
-    def dense(self, masks: Tensor | None, with_mask: Tensor | None = None) -> Tensor:
-        """Map that is added to the image embedding; see `forward`."""
+        """Map that is added to the image embedding; see `forward`, where `points` hold the boxes'
+        corners, too.
+        """
         nothing = self.no_mask_embed.view(1, -1, 1, 1)
+        given = with_mask
+        if self.dense_boxes and points is not None and (masks is None or with_mask is not None):
+            drawn, boxed = filled_boxes(*points, size)
+            if masks is None or with_mask is None:
+                masks, given = drawn, boxed
+            else:
+                masks = torch.where(with_mask.view(-1, 1, 1, 1), masks, drawn.to(masks))
+                given = with_mask | boxed
         if masks is None:
             return nothing
         embedded = self.mask_downscaling(masks.to(self.no_mask_embed.dtype))
-        if with_mask is None:
-            return embedded
-        return torch.where(with_mask.view(-1, 1, 1, 1), embedded, nothing)
+        return (
+            embedded if given is None else torch.where(given.view(-1, 1, 1, 1), embedded, nothing)
+        )
 
     def forward(
         self,
@@ -142,13 +141,68 @@ class PromptEncoder(nn.Module):
             with_mask: bool (N,), which of the prompts use their mask; None for all.
 
         Returns:
-            Tokens (N, n, dim), and a map (N, dim, h, w) or, without masks, (1, dim, 1, 1).
+            Tokens (N, n, dim), and a map (N, dim, h, w) or, without masks, (1, dim, 1, 1); n is 0
+            and N is 1 for the tokens if there is neither a point nor a box.
 
         Raises:
             ValueError: other shapes, or another number of prompts in one kind than in the other.
         """
         _check_prompts(points, boxes, masks)
-        return self.sparse(points, boxes, size), self.dense(masks, with_mask)
+        every = as_points(points, boxes)
+        if every is None:
+            return self.no_mask_embed.new_zeros(1, 0, self.dim), self.dense(masks, with_mask)
+        return self.embed_points(*every, size), self.dense(masks, with_mask, every, size)
+
+
+def as_points(
+    points: tuple[Tensor, Tensor] | None, boxes: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Join points and boxes to points whose labels say what they are.
+
+    Args:
+        points: coordinates (N, P, 2) and labels (N, P), or None.
+        boxes: x0, y0, x1, y1 (N, 4), or None.
+
+    Returns:
+        Coordinates (N, P, 2) and integer labels (N, P); None if both are.
+    """
+    coords, labels = [], []
+    if points is not None:
+        coords.append(points[0])
+        labels.append(points[1].long())
+    if boxes is not None:
+        coords.append(boxes.unflatten(-1, (2, 2)))
+        corners = torch.tensor([TOP_LEFT, BOTTOM_RIGHT], device=boxes.device)
+        labels.append(corners.expand(len(boxes), 2))
+    elif points is not None:
+        # What the published decoder has seen: a padding point wherever no box comes.
+        coords.append(torch.zeros_like(points[0][:, :1]))
+        labels.append(torch.full_like(labels[0][:, :1], -1))
+    return (torch.cat(coords, 1), torch.cat(labels, 1)) if coords else None
+
+
+def filled_boxes(coords: Tensor, labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Draw the boxes among points as mask prompts.
+
+    Args:
+        coords: x, y in pixels, (N, P, 2); a pixel's index names its centre.
+        labels: integers (N, P), 2 and 3 the corners of a box.
+        size: height and width of the encoded image in pixels, multiples of 4.
+
+    Returns:
+        Logits (N, 1, height / 4, width / 4), and which prompts have a box, bool (N,). A pixel that
+        the box covers by a share s has the logit 6 (2 s - 1).
+    """
+    is_corner = [labels == corner for corner in (TOP_LEFT, BOTTOM_RIGHT)]
+    low, high = ((coords * where[..., None]).sum(1).float() for where in is_corner)
+    shares = []
+    for axis, side in ((1, size[0]), (0, size[1])):
+        edge = CELL * torch.arange(side // CELL, device=coords.device, dtype=torch.float32)
+        begin = torch.maximum(edge, low[:, axis, None])
+        end = torch.minimum(edge + CELL, high[:, axis, None] + 1)
+        shares.append((end - begin).clamp(min=0) / CELL)
+    share = shares[0][:, None, :, None] * shares[1][:, None, None]
+    return SURE_LOGIT * (2 * share - 1), is_corner[0].any(1) & is_corner[1].any(1)
 
 
 def _check_prompts(
