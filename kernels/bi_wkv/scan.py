@@ -30,6 +30,7 @@ _PLAIN_LIMIT = {torch.float32: 60.0, torch.float64: 500.0}
 # Scratch of a backward pass in bytes, which sets how much is worked on at a time. Up to 32 MiB the
 # GNU allocator keeps the memory for the next call; fresh pages cost more than the arithmetic.
 _SCRATCH = 30 << 20
+_MOST_PAIRS = 5  # numerators and denominators that a backward pass holds
 _EMPTY = -1e30
 
 
@@ -48,11 +49,12 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if k.shape[1] == 1:
         return v + 0 * (k + u + w).to(v.dtype)
     dtype = compute_dtype(w, u, k, v)
+    size = _chunk_size(k, dtype, 2)
     form: Callable[..., None] = _scaled_forward
     if _is_plain(w, u, k.shape[1], dtype):
-        form = functools.partial(_plain_forward, scratch=_room(k, 2, dtype))
+        form = functools.partial(_plain_forward, scratch=_room(k, size, 2, dtype))
     y = v.new_empty(v.shape)
-    for b, c in _chunks(k, dtype):
+    for b, c in _chunks(k, size):
         form(w[c], u[c], k[b, :, c], v[b, :, c], y[b, :, c])
     return y
 
@@ -78,10 +80,11 @@ def backward(
     gk, gv = k.new_empty(k.shape), v.new_empty(v.shape)
     if k.shape[1] == 1:
         return gw.to(w.dtype), gu.to(u.dtype), gk.zero_(), gv.copy_(gy)
+    size = _chunk_size(k, dtype, _MOST_PAIRS)
     form: Callable[..., tuple[Tensor, Tensor]] = _scaled_backward
     if _is_plain(w, u, k.shape[1], dtype):
-        form = functools.partial(_plain_backward, scratch=_room(k, 5, dtype))
-    for b, c in _chunks(k, dtype):
+        form = functools.partial(_plain_backward, scratch=_room(k, size, _MOST_PAIRS, dtype))
+    for b, c in _chunks(k, size):
         parts = [x[b, :, c] for x in (k, v, y, gy, gk, gv)]
         gw_part, gu_part = form(w[c], u[c], *parts)
         gw[c] += gw_part
@@ -93,29 +96,38 @@ def _is_plain(w: Tensor, u: Tensor, tokens: int, dtype: torch.dtype) -> bool:
     return bool((w.to(dtype).abs() * tokens + u.to(dtype).abs()).amax() <= _PLAIN_LIMIT[dtype])
 
 
-def _chunk_size(k: Tensor, dtype: torch.dtype) -> tuple[int, int]:
-    """Return how many batch items, or channels of a single item, to take at a time."""
+def _chunk_size(k: Tensor, dtype: torch.dtype, count: int) -> tuple[int, int]:
+    """Return how many batch items, or channels of a single item, to take at a time.
+
+    Args:
+        k: keys, (B, T, C).
+        dtype: of the computation.
+        count: pairs of tensors of scratch that each of them needs.
+    """
     batch, tokens, channels = k.shape
-    elements = _SCRATCH // (10 * dtype.itemsize)
-    items = min(batch, elements // (tokens * channels))
-    return (items, channels) if items else (1, min(channels, max(16, elements // tokens)))
+    items = _SCRATCH // (2 * _MOST_PAIRS * dtype.itemsize * tokens * channels)
+    if items:
+        return min(batch, items), channels
+    # Few channels at a time are slow, so a single item takes all the scratch there is.
+    parts = -(-2 * count * dtype.itemsize * tokens * channels // _SCRATCH)
+    return 1, max(min(16, channels), -(-channels // parts))
 
 
-def _chunks(k: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
+def _chunks(k: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
     """Yield slices of batch and channels that cover (B, T, C)."""
-    step_b, step_c = _chunk_size(k, dtype)
+    step_b, step_c = size
     for b in range(0, k.shape[0], step_b):
         for c in range(0, k.shape[2], step_c):
             yield slice(b, b + step_b), slice(c, c + step_c)
 
 
-def _room(k: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Return scratch for `count` tensors of one chunk, (count, elements).
+def _room(k: Tensor, size: tuple[int, int], count: int, dtype: torch.dtype) -> Tensor:
+    """Return scratch for `count` pairs of tensors of one chunk, (count, elements).
 
     One piece of memory for all, since an allocator returns several small ones to the system.
     """
     length = _block_length(k.shape[1])
-    items, channels = _chunk_size(k, dtype)
+    items, channels = size
     tokens = -(-k.shape[1] // length) * length
     return k.new_empty(count, 2 * items * tokens * channels, dtype=dtype)
 

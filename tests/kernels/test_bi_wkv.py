@@ -265,21 +265,32 @@ def test_a_rounded_result_does_not_spoil_the_gradients(backend: str) -> None:
 @pytest.mark.parametrize("decay", [0.1, 90.0], ids=["one factor", "scale per token"])
 @pytest.mark.parametrize(
     ("batch", "tokens", "scratch", "chunks"),
-    [(5, 33, 2 * 33 * 40 * 80, 3), (2, 33, 1000, 6), (1, 64, 1000, 3)],
+    [
+        (5, 33, 2 * 33 * 40 * 80, (3, 3)),
+        (2, 33, 1000, (6, 6)),
+        (1, 64, 1000, (3, 3)),
+        (1, 64, 100_000, (1, 3)),  # a forward pass needs less
+    ],
 )
 def test_chunks_do_not_matter(
     batch: int,
     tokens: int,
     scratch: int,
-    chunks: int,
+    chunks: tuple[int, int],
     decay: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     inputs, grad = make(tokens, decay, batch=batch, channels=40)
-    assert len(list(scan._chunks(inputs["k"], torch.float64))) == 1
+
+    def counted() -> tuple[int, ...]:
+        k = inputs["k"]
+        sizes = (scan._chunk_size(k, torch.float64, pairs) for pairs in (2, 5))
+        return tuple(len(list(scan._chunks(k, size))) for size in sizes)
+
+    assert counted() == (1, 1)
     expected = value_and_grads(torch_backend, inputs, grad)
     monkeypatch.setattr(scan, "_SCRATCH", scratch)
-    assert len(list(scan._chunks(inputs["k"], torch.float64))) == chunks
+    assert counted() == chunks
     with nan_filled_empty():
         actual = value_and_grads(torch_backend, inputs, grad)
     for name, x in expected.items():
