@@ -1,4 +1,4 @@
-"""Learnt position embedding at any grid size."""
+"""Position embeddings: resampled to any grid size, and of sines and cosines."""
 
 import torch
 import torch.nn.functional as F
@@ -29,3 +29,22 @@ def resample_pos_embed(
     grid = pos_embed.to(dtype).reshape(1, *old_hw, channels).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=new_hw, mode="bicubic", align_corners=False)  # (1, C, H', W')
     return grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)
+
+
+def sincos_pos_embed(channels: int, hw: tuple[int, int]) -> Tensor:
+    """Sines and cosines of column and row, a quarter of the channels each (arXiv:2104.02057).
+
+    Returns:
+        (1, H*W, C) in float32, row-major; sin and cos of the column, then of the row, times
+        10000^(-i / (C/4)).
+
+    Raises:
+        ValueError: the channels are no multiple of 4.
+    """
+    if channels % 4 or channels < 4:
+        raise ValueError(f"wanted channels in fours, got {channels}")
+    rates = 10000.0 ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels // 4))
+    row, column = (side.flatten() for side in torch.meshgrid(*map(torch.arange, hw), indexing="ij"))
+    angles = [place[:, None] * rates for place in (column, row)]
+    parts = [function(a) for a in angles for function in (torch.sin, torch.cos)]
+    return torch.cat(parts, 1)[None].float()

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from vision.kernels import shift_mix
 from vision.kernels.shift_mix.plain import shift
 
+from .kept_grid import KeptGrid
+
 Grid = tuple[int, int]
 
 
@@ -16,7 +18,8 @@ def _quarters(channels: int, hw: Grid, gamma: float) -> tuple[list[int], Grid]:
 
 
 def _sequence(channels: int, hw: Grid, gamma: float) -> tuple[list[int], Grid]:
-    return [0, channels, channels, channels, channels], (1, hw[0] * hw[1])
+    tokens = hw.tokens if isinstance(hw, KeptGrid) else hw[0] * hw[1]
+    return [0, channels, channels, channels, channels], (1, tokens)
 
 
 # For a number of channels, a grid and the share of the channels in a group: the limits of the
@@ -119,4 +122,8 @@ class ShiftMix(nn.Module):
             return (x,) * len(self.names)
         edges, grid = SHIFTS[self.shift](x.shape[2], hw, self.channel_gamma)
         mu = torch.stack([getattr(self, name) for name in self.names])
+        if isinstance(grid, KeptGrid):
+            whole = grid.spread(x)  # (B, H*W, C)
+            mixed = shift_mix(whole, mu, (grid[0], grid[1]), pixels=self.shift_pixels, edges=edges)
+            return tuple(map(grid.pick, mixed))
         return tuple(shift_mix(x, mu, grid, pixels=self.shift_pixels, edges=edges))

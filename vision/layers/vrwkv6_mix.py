@@ -5,12 +5,14 @@ Source: RWKV-6 (arXiv:2404.05892) as OpenGVLab/Vision-RWKV takes it to grids. To
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vision.kernels.shift_mix.plain import shift
 
+from .kept_grid import KeptGrid
 from .shift_mix import SHIFTS, Grid, ShiftMix
 
 # Width of the two low-rank maps, as published.
@@ -44,13 +46,16 @@ def head_shift(
     Raises:
         ValueError: there are fewer tokens than places on the grid.
     """
-    h, w = hw
+    edges, grid = SHIFTS[kind](head_size, hw, channel_gamma)
+    if isinstance(grid, KeptGrid):
+        options: dict[str, Any] = {"kind": kind, "pixels": pixels, "channel_gamma": channel_gamma}
+        return grid.pick(head_shift(grid.spread(x), (grid[0], grid[1]), head_size, **options))
+    h, w = grid
     if x.shape[1] < h * w:
         raise ValueError(f"head_shift got {x.shape[1]} tokens for a grid of {h} x {w} = {h * w}")
     batch, tokens, channels = x.shape
-    edges, (rows, columns) = SHIFTS[kind](head_size, hw, channel_gamma)
     heads = x[:, : h * w].reshape(batch, h * w, channels // head_size, head_size).transpose(1, 2)
-    moved = shift(heads.flatten(0, 1), rows, columns, pixels, edges)  # (B * heads, H*W, N)
+    moved = shift(heads.flatten(0, 1), h, w, pixels, edges)  # (B * heads, H*W, N)
     moved = moved.unflatten(0, (batch, -1)).transpose(1, 2).reshape(batch, h * w, channels)
     return moved if tokens == h * w else torch.cat([moved, x[:, h * w :]], 1)
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vision.layers.block import Block
 from vision.layers.init import depth_ratio
+from vision.layers.kept_grid import KeptGrid
 from vision.layers.pos_embed import resample_pos_embed
 
 from .checkpoint import (
@@ -283,6 +284,34 @@ class VisionRWKV(TokenClassifier):
             x = self._run_block(block, x, hw)
         return self.norm(x)
 
+    def forward_kept(self, x: Tensor, kept: Tensor) -> tuple[Tensor, KeptGrid]:
+        """Run some patches of the images alone, as masked pretraining does.
+
+        The position embedding is added once, before the others are left out. The operator takes
+        the kept tokens as a sequence of their own, in the order of the grid: distances count kept
+        tokens, and T is their number. The shift sees zeros where the grid has a masked patch (see
+        `KeptGrid`); `shift="single_shift"` takes the kept token before, as upstream's masked
+        autoencoder. With every patch kept that is `forward_features`.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            kept: numbers of the kept patches, row-major, rising, int64 (B, K).
+
+        Returns:
+            Tokens after the final norm, (B, K, C), and their places on the grid.
+
+        Raises:
+            ValueError: places that are not on the grid, or a model with a class token.
+        """
+        if self.cls_token is not None:
+            raise ValueError("masked images want a model without a class token")
+        x, hw = self._tokens(x)
+        grid = KeptGrid(hw, kept)
+        x = grid.pick(x)
+        for block in self.blocks:
+            x = self._run_block(block, x, grid)
+        return self.norm(x), grid
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, h*w, C) to logits (B, num_classes), or to what the classifier is fed.
 
@@ -321,6 +350,7 @@ _NOT_BACKBONE = re.compile(
     r"^(decode_head|auxiliary_head|neck|rpn_head|roi_head|data_preprocessor)\."  # seg., det.
     r"|^(level_embed$|spm\.|interactions\.|up\.|norm[1-4]\.)"  # adapter
     r"|^(mask_token$|decoder_pos_embed$|decoder_(embed|blocks|pred)\.|ln2\.)"  # MAE
+    r"|^mae\.decoder\."  # ours: vision.models.mae
 )
 
 
