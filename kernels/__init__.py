@@ -4,6 +4,7 @@
 """
 
 from .bi_wkv import bi_wkv
+from .deform_attn import deform_attn
 from .dispatch import Availability, BackendUnavailableError, list_backends, use_backend
 from .gate import gate
 from .shift_mix import shift_mix
@@ -13,6 +14,7 @@ __all__ = [
     "Availability",
     "BackendUnavailableError",
     "bi_wkv",
+    "deform_attn",
     "gate",
     "list_backends",
     "shift_mix",
