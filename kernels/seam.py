@@ -136,20 +136,22 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (
-            None,
-            None,
-            None,
-            *_EagerBackward.apply(ctx.call, len(grads), *ctx.saved_tensors, *grads),
-        )
+        # A node of its own is needed only to refuse what might be asked of it later.
+        run = _EagerBackward.apply if torch.is_grad_enabled() else _run_backward
+        return None, None, None, *run(ctx.call, len(grads), *ctx.saved_tensors, *grads)
+
+
+def _run_backward(call: tuple[Any, ...], outputs: int, *tensors: Tensor) -> Any:
+    seam, serving, settings = call
+    saved, grads = tensors[:-outputs], tensors[-outputs:]
+    return serving.backward(*saved, *([grads] if seam.several else grads), *settings)
 
 
 class _EagerBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], outputs: int, *tensors: Tensor) -> Any:
-        ctx.seam, serving, settings = call
-        saved, grads = tensors[:-outputs], tensors[-outputs:]
-        return serving.backward(*saved, *([grads] if ctx.seam.several else grads), *settings)
+        ctx.seam = call[0]
+        return _run_backward(call, outputs, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> None:

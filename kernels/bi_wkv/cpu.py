@@ -9,9 +9,7 @@ from torch import Tensor
 from .. import cpu
 from . import scan
 
-# Growth over a whole sequence, -w·T, up to which float32 suffices for the gradient of w: beyond it
-# that is the small rest of sums that cancel.
-_MOST_GROWTH = 20.0
+_GROWS = 1  # what the library returns for weights whose gradient float32 cannot hold
 
 
 def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,25 +58,25 @@ def backward(
         `scan.backward` in float64.
     """
     channels = k.shape[2]
-    if w.min().item() * k.shape[1] < -_MOST_GROWTH:
-        wide = scan.backward(w.double(), u.double(), k.double(), v.double(), y, gy.double())
-        gw, gu, gk, gv = (g.to(x.dtype) for g, x in zip(wide, (w, u, k, v), strict=True))
-        return gw, gu, gk, gv
     if channels < cpu.LANES:
-        grads = backward(*(_widen(x) for x in (w, u, k, v, y, gy)))
-        gw, gu, gk, gv = (grad[..., :channels] for grad in grads)
+        padded = backward(*(_widen(x) for x in (w, u, k, v, y, gy)))
+        gw, gu, gk, gv = (grad[..., :channels] for grad in padded)
         return gw, gu, gk, gv
     dtype = cpu.common_dtype(k, v, gy)
     wide_w, wide_u = cpu.wide(w), cpu.wide(u)
-    keys, values, gy = (cpu.side_by_side(x, dtype) for x in (k, v, gy))
+    keys, values, grads = (cpu.side_by_side(x, dtype) for x in (k, v, gy))
     gk, gv = torch.empty(k.shape, dtype=dtype), torch.empty(v.shape, dtype=dtype)
     library = cpu.library()
     threads, parts = _parts(library, k)
     sums = torch.empty(2, parts * k.shape[0], channels, dtype=torch.float64)
-    if y.dtype != dtype:
-        y = forward(w, u, keys, values)
-    call = cpu.bi_wkv_call(keys, values, y, (gy, gk, gv), sums)
+    rounded = y.dtype != dtype
+    result = forward(w, u, keys, values) if rounded else y
+    call = cpu.bi_wkv_call(keys, values, result, (grads, gk, gv), sums)
     status = library.vision_bi_wkv_grads(call, wide_w.data_ptr(), wide_u.data_ptr(), threads, parts)
+    if status == _GROWS:
+        wide = scan.backward(w.double(), u.double(), k.double(), v.double(), y, gy.double())
+        gw, gu, gk, gv = (g.to(x.dtype) for g, x in zip(wide, (w, u, k, v), strict=True))
+        return gw, gu, gk, gv
     cpu.check(status, "bi_wkv")
     gw, gu = sums.sum(1).unbind()
     return gw.to(w.dtype), gu.to(u.dtype), gk.to(k.dtype), gv.to(v.dtype)

@@ -1,6 +1,6 @@
 /* What Python calls: shares the work among threads, for the best instruction set of this machine.
 
-   Every function returns 0, or -1 if there is no memory for its scratch space. */
+   Functions return 0, or -1 if there is no memory for their scratch space. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -193,10 +193,16 @@ EXPORT int vision_bi_wkv(const bi_wkv_call *call, const float *w, const float *u
     return run(call, call->y, w, u, threads, parts, phases, 3);
 }
 
+/* Growth over all tokens, -w T, up to which float32 suffices for the gradient of w: beyond it that
+   is the small rest of sums that cancel. */
+static const float most_growth = 20.0f;
+
 /* gk, gv and (parts, batch, channels) partial sums of gw and gu from k, v, gy and, in
-   float32, y. */
+   float32, y. Does nothing and returns 1 where the weights grow too much for float32. */
 EXPORT int vision_bi_wkv_grads(const bi_wkv_call *call, const float *w, const float *u,
                                int threads, int64_t parts) {
+    for (int64_t c = 0; c < call->channels; c++)
+        if (w[c] * (float)call->tokens < -most_growth) return 1;
     const kernels *with = serving();
     phase *phases[] = {with->bi_wkv_summaries,      with->bi_wkv_carry,
                        with->bi_wkv_grad_summaries, with->bi_wkv_grad_carry,

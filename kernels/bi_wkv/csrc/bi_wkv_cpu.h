@@ -77,10 +77,13 @@ INLINE vf weight(vf k, vi largest) {
     return m * (vf)(larger_int(n - largest + 127, all_int(0)) << 23);
 }
 
-/* e^k waits where the results will be, so that it is computed once; in float32 only. */
-INLINE int parks(int dtype, const bi_wkv_call *call) {
-    return dtype == FLOAT32 && call->parked.data;
-}
+/* e^k waits where the results will be, so that it is computed once; in float32 only. Whether it
+   does is a constant of the loops over the tokens, as the dtype is. */
+#define FOR_PARKS(dtype, function, call, ...)                                      \
+    do {                                                                           \
+        if ((dtype) == FLOAT32 && (call)->parked.data) function(dtype, 1, call, __VA_ARGS__); \
+        else function(dtype, 0, call, __VA_ARGS__);                                \
+    } while (0)
 
 /* e^k of a token on its segment's scale, after `summarise` has seen it. */
 INLINE vf weight_again(column parked, column k, int64_t i, vi largest, int parks, int dtype) {
@@ -108,7 +111,7 @@ INLINE void add_token(summary *of, vf numerator, vf denominator, vf decay) {
     of->power *= decay;
 }
 
-INLINE void summarise(int dtype, const bi_wkv_call *call, const bi_wkv_task *task, int64_t c,
+INLINE void summarise(int dtype, int parks, const bi_wkv_call *call, const bi_wkv_task *task, int64_t c,
                       int64_t begin, int64_t end, segment_state *state) {
     column parked = column_of(&call->parked, task, c, begin, dtype);
     column k = column_of(&call->k, task, c, begin, dtype);
@@ -123,7 +126,7 @@ INLINE void summarise(int dtype, const bi_wkv_call *call, const bi_wkv_task *tas
     summary sum = no_summary(largest);
     for (int64_t i = 0; i < count; i++) {
         vf e = weight(take(k, i, dtype), largest);
-        if (parks(dtype, call)) put(parked, i, e, dtype);
+        if (parks) put(parked, i, e, dtype);
         add_token(&sum, e * take_ahead(v, i, dtype), e, decay);
     }
     state->exponent = largest;
@@ -131,17 +134,22 @@ INLINE void summarise(int dtype, const bi_wkv_call *call, const bi_wkv_task *tas
     state->right = sum.right;
 }
 
-INLINE void all_summaries(int dtype, const bi_wkv_call *call, const bi_wkv_task *task) {
+INLINE void all_summaries(int dtype, int parks, const bi_wkv_call *call,
+                             const bi_wkv_task *task) {
     for (int64_t s = task->first_segment; s < task->end_segment; s++) {
         int64_t begin = s * task->length, end = begin + task->length;
         if (end > call->tokens) end = call->tokens;
         FOR_BLOCKS(task, block, c)
-            summarise(dtype, call, task, c, begin, end, state_of(task, s, block));
+            summarise(dtype, parks, call, task, c, begin, end, state_of(task, s, block));
     }
 }
 
+INLINE void summaries_of(int dtype, const bi_wkv_call *call, const bi_wkv_task *task) {
+    FOR_PARKS(dtype, all_summaries, call, task);
+}
+
 static void bi_wkv_summaries(const bi_wkv_call *call, const bi_wkv_task *task) {
-    FOR_DTYPE(call->dtype, all_summaries, call, task);
+    FOR_DTYPE(call->dtype, summaries_of, call, task);
 }
 
 /* Exchange a segment's own sums for what enters it, and carry both on to the next one. */
@@ -214,8 +222,8 @@ INLINE entry enter_segment(const bi_wkv_call *call, int64_t c, vi own, const sum
     return in;
 }
 
-INLINE void output_segment(int dtype, const bi_wkv_call *call, const bi_wkv_task *task, int64_t c,
-                           int64_t begin, int64_t end, const segment_state *state) {
+INLINE void output_segment(int dtype, int parks, const bi_wkv_call *call,
+                           const bi_wkv_task *task, int64_t c, int64_t begin, int64_t end, const segment_state *state) {
     vf e[MOST_TOKENS], ev[MOST_TOKENS], after_numerator[MOST_TOKENS],
         after_denominator[MOST_TOKENS];
     column k = column_of(&call->k, task, c, begin, dtype);
@@ -234,7 +242,7 @@ INLINE void output_segment(int dtype, const bi_wkv_call *call, const bi_wkv_task
     vf numerator = in.right_numerator * in.from_right;
     vf denominator = in.right_denominator * in.from_right;
     for (int64_t i = count - 1; i >= 0; i--) {
-        vf own = weight_again(y, k, i, state->exponent, parks(dtype, call), dtype) * token;
+        vf own = weight_again(y, k, i, state->exponent, parks, dtype) * token;
         e[i] = own;
         vf x = ev[i] = own * take_ahead(v, i, dtype);
         after_numerator[i] = numerator + x * bonus;
@@ -251,17 +259,22 @@ INLINE void output_segment(int dtype, const bi_wkv_call *call, const bi_wkv_task
     }
 }
 
-INLINE void all_outputs(int dtype, const bi_wkv_call *call, const bi_wkv_task *task) {
+INLINE void all_outputs(int dtype, int parks, const bi_wkv_call *call,
+                           const bi_wkv_task *task) {
     for (int64_t s = task->first_segment; s < task->end_segment; s++) {
         int64_t begin = s * task->length, end = begin + task->length;
         if (end > call->tokens) end = call->tokens;
         FOR_BLOCKS(task, block, c)
-            output_segment(dtype, call, task, c, begin, end, state_of(task, s, block));
+            output_segment(dtype, parks, call, task, c, begin, end, state_of(task, s, block));
     }
 }
 
+INLINE void outputs_of(int dtype, const bi_wkv_call *call, const bi_wkv_task *task) {
+    FOR_PARKS(dtype, all_outputs, call, task);
+}
+
 static void bi_wkv_outputs(const bi_wkv_call *call, const bi_wkv_task *task) {
-    FOR_DTYPE(call->dtype, all_outputs, call, task);
+    FOR_DTYPE(call->dtype, outputs_of, call, task);
 }
 
 /* --- backward ------------------------------------------------------------------------------ */
@@ -352,26 +365,31 @@ INLINE summary summarise_recomputed(int dtype, const bi_wkv_call *call, const bi
     return sum;
 }
 
-INLINE void summarise_grads(int dtype, const bi_wkv_call *call, const bi_wkv_task *task, int64_t c,
-                            int64_t begin, int64_t end, segment_state *state) {
-    summary sum = parks(dtype, call)
+INLINE void summarise_grads(int dtype, int parks, const bi_wkv_call *call,
+                            const bi_wkv_task *task, int64_t c, int64_t begin, int64_t end, segment_state *state) {
+    summary sum = parks
                       ? park_grads(dtype, call, task, c, begin, end, state)
                       : summarise_recomputed(dtype, call, task, c, begin, end, state);
     state->grad_left = sum.left;
     state->grad_right = sum.right;
 }
 
-INLINE void all_grad_summaries(int dtype, const bi_wkv_call *call, const bi_wkv_task *task) {
+INLINE void all_grad_summaries(int dtype, int parks, const bi_wkv_call *call,
+                                  const bi_wkv_task *task) {
     for (int64_t s = task->first_segment; s < task->end_segment; s++) {
         int64_t begin = s * task->length, end = begin + task->length;
         if (end > call->tokens) end = call->tokens;
         FOR_BLOCKS(task, block, c)
-            summarise_grads(dtype, call, task, c, begin, end, state_of(task, s, block));
+            summarise_grads(dtype, parks, call, task, c, begin, end, state_of(task, s, block));
     }
 }
 
+INLINE void grad_summaries_of(int dtype, const bi_wkv_call *call, const bi_wkv_task *task) {
+    FOR_PARKS(dtype, all_grad_summaries, call, task);
+}
+
 static void bi_wkv_grad_summaries(const bi_wkv_call *call, const bi_wkv_task *task) {
-    FOR_DTYPE(call->dtype, all_grad_summaries, call, task);
+    FOR_DTYPE(call->dtype, grad_summaries_of, call, task);
 }
 
 static void bi_wkv_grad_carry(const bi_wkv_call *call, const bi_wkv_task *task) {
@@ -387,9 +405,30 @@ INLINE void accumulate(double *total, vf sum, vf factor, vi n) {
     }
 }
 
-INLINE void grad_segment(int dtype, const bi_wkv_call *call, const bi_wkv_task *task, int64_t c,
-                         int64_t begin, int64_t end, const segment_state *state, double *gw,
-                         double *gu) {
+/* What the second half of the backward pass needs of a token. */
+typedef struct {
+    vf e, v, grad_numerator, grad_denominator;
+} token_grads;
+
+INLINE token_grads token_of(const segment_tokens *of, int64_t i) {
+    return (token_grads){of->e[i], of->v[i], of->grad_numerator[i], of->grad_denominator[i]};
+}
+
+/* `gv` holds what `park_grads` left there. `ahead`: the first touch of the segment. */
+INLINE token_grads parked_token(column parked, column v, column gv, column y, int64_t i, int dtype,
+                                int ahead) {
+    token_grads t;
+    t.e = ahead ? take_ahead(parked, i, dtype) : take(parked, i, dtype);
+    t.v = ahead ? take_ahead(v, i, dtype) : take(v, i, dtype);
+    t.grad_numerator = ahead ? take_ahead(gv, i, dtype) : take(gv, i, dtype);
+    t.grad_denominator =
+        -t.grad_numerator * (ahead ? take_ahead(y, i, dtype) : take(y, i, dtype));
+    return t;
+}
+
+INLINE void grad_segment(int dtype, int parks, const bi_wkv_call *call, const bi_wkv_task *task,
+                         int64_t c, int64_t begin, int64_t end, const segment_state *state,
+                         double *gw, double *gu) {
     segment_tokens of;
     column parked = column_of(&call->parked, task, c, begin, dtype);
     column v = column_of(&call->v, task, c, begin, dtype);
@@ -398,30 +437,25 @@ INLINE void grad_segment(int dtype, const bi_wkv_call *call, const bi_wkv_task *
     column gv = column_of(&call->gv, task, c, begin, dtype);
     int64_t count = end - begin;
     vf decay = load_float(call->of.decay + c);
-    entry in = parks(dtype, call)
-                   ? enter_segment(call, c, state->exponent, &state->left, &state->right)
-                   : recompute(dtype, call, task, c, begin, end, state, &of);
+    entry in = parks ? enter_segment(call, c, state->exponent, &state->left, &state->right)
+                     : recompute(dtype, call, task, c, begin, end, state, &of);
     entry grad = enter_segment(call, c, -in.exponent, &state->grad_left, &state->grad_right);
 
+    vf after_n[MOST_TOKENS], after_d[MOST_TOKENS];
     vf grad_after_n[MOST_TOKENS], grad_after_d[MOST_TOKENS];
     vf n = in.right_numerator, d = in.right_denominator;
     vf grad_n = grad.right_numerator, grad_d = grad.right_denominator;
     for (int64_t i = count - 1; i >= 0; i--) {
-        if (parks(dtype, call)) {
-            of.e[i] = take_ahead(parked, i, dtype);
-            of.v[i] = take_ahead(v, i, dtype);
-            of.grad_numerator[i] = take_ahead(gv, i, dtype);
-            of.grad_denominator[i] = -of.grad_numerator[i] * take_ahead(y, i, dtype);
-        }
-        of.after_numerator[i] = n;
-        of.after_denominator[i] = d;
+        token_grads t = parks ? parked_token(parked, v, gv, y, i, dtype, 1) : token_of(&of, i);
+        after_n[i] = n;
+        after_d[i] = d;
         grad_after_n[i] = grad_n;
         grad_after_d[i] = grad_d;
-        vf x = of.e[i] * in.token_right;
-        n = n * decay + x * of.v[i];
+        vf x = t.e * in.token_right;
+        n = n * decay + x * t.v;
         d = d * decay + x;
-        grad_n = grad_n * decay + of.grad_numerator[i] * grad.token_right;
-        grad_d = grad_d * decay + of.grad_denominator[i] * grad.token_right;
+        grad_n = grad_n * decay + t.grad_numerator * grad.token_right;
+        grad_d = grad_d * decay + t.grad_denominator * grad.token_right;
     }
 
     /* e^k = e 2^exponent of the segment. */
@@ -430,17 +464,19 @@ INLINE void grad_segment(int dtype, const bi_wkv_call *call, const bi_wkv_task *
     n = in.left_numerator, d = in.left_denominator;
     grad_n = grad.left_numerator, grad_d = grad.left_denominator;
     for (int64_t i = 0; i < count; i++) {
-        vf gn = of.grad_numerator[i], gd = of.grad_denominator[i], e = of.e[i];
+        /* Read again: a copy of the segment would not fit into the nearest cache. */
+        token_grads t = parks ? parked_token(parked, v, gv, y, i, dtype, 0) : token_of(&of, i);
+        vf gn = t.grad_numerator, gd = t.grad_denominator, e = t.e;
         vf total_n = grad_n * grad.from_left + grad_after_n[i] * grad.from_right + gn * grad.bonus;
         vf total_d = grad_d * grad.from_left + grad_after_d[i] * grad.from_right + gd * grad.bonus;
         vf weight = e * scale;
         put(gv, i, total_n * weight, dtype);
-        put(gk, i, (total_d + total_n * of.v[i]) * weight, dtype);
+        put(gk, i, (total_d + total_n * t.v) * weight, dtype);
         left_decays += n * grad_after_n[i] + d * grad_after_d[i];
-        right_decays += of.after_numerator[i] * grad_n + of.after_denominator[i] * grad_d;
-        bonuses += e * (of.v[i] * gn + gd);
+        right_decays += after_n[i] * grad_n + after_d[i] * grad_d;
+        bonuses += e * (t.v * gn + gd);
         vf x = e * in.token_left;
-        n = n * decay + x * of.v[i];
+        n = n * decay + x * t.v;
         d = d * decay + x;
         grad_n = grad_n * decay + gn * grad.token_left;
         grad_d = grad_d * decay + gd * grad.token_left;
@@ -452,14 +488,15 @@ INLINE void grad_segment(int dtype, const bi_wkv_call *call, const bi_wkv_task *
     accumulate(gu, bonuses, in.bonus, all_int(0));
 }
 
-INLINE void all_grads(int dtype, const bi_wkv_call *call, const bi_wkv_task *task) {
+INLINE void all_grads(int dtype, int parks, const bi_wkv_call *call,
+                         const bi_wkv_task *task) {
     int64_t place = (task->part * call->batch + task->item) * call->channels;
     double gw[2 * TASK_CHANNELS] = {0}, gu[2 * TASK_CHANNELS] = {0};
     for (int64_t s = task->first_segment; s < task->end_segment; s++) {
         int64_t begin = s * task->length, end = begin + task->length;
         if (end > call->tokens) end = call->tokens;
         FOR_BLOCKS(task, block, c)
-            grad_segment(dtype, call, task, c, begin, end, state_of(task, s, block),
+            grad_segment(dtype, parks, call, task, c, begin, end, state_of(task, s, block),
                          gw + block * LANES, gu + block * LANES);
     }
     FOR_BLOCKS(task, block, c) {
@@ -468,6 +505,10 @@ INLINE void all_grads(int dtype, const bi_wkv_call *call, const bi_wkv_task *tas
     }
 }
 
+INLINE void grads_of(int dtype, const bi_wkv_call *call, const bi_wkv_task *task) {
+    FOR_PARKS(dtype, all_grads, call, task);
+}
+
 static void bi_wkv_grads(const bi_wkv_call *call, const bi_wkv_task *task) {
-    FOR_DTYPE(call->dtype, all_grads, call, task);
+    FOR_DTYPE(call->dtype, grads_of, call, task);
 }
