@@ -6,13 +6,15 @@
 The detector's boxes come as a COCO results file: [{image_id, category_id, bbox: [x, y, width,
 height], score}, ...]. Each box gives one mask, whose score is the detector's. Prints COCO's AP of
 the masks and boundary AP (dilation 0.02) in percent, and writes the masks as a COCO results file.
+After a stop, the same command goes on with the images that are left.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from tqdm import tqdm
 from vision.data import ImageReadError
 from vision.data.coco_file import read_coco
 from vision.data.rle import encode_masks
-from vision.files import write_whole
+from vision.files import Journal, write_whole
 from vision.metrics.coco_ap import check_results, mask_ap
 from vision.models.checkpoint import CheckpointError
 from vision.sam.model import create_sam, list_sams
@@ -58,15 +60,23 @@ def main() -> None:
         detections = read_detections(args.detections, coco)
         files = image_files(args.images, coco, detections)
         predictor = Predictor(create_sam(args.model, args.checkpoint).to(args.device))
-        masks = []
+        inputs = (args.checkpoint, args.detections)
+        journal = Journal(
+            args.out.with_name(f"{args.out.name}.part"),
+            {"model": args.model, "digests": [digest(path) for path in inputs]},
+        )
         with tqdm(total=len(detections), unit="box") as bar:
             for path, boxes in files.items():
-                for some in predict_masks(predictor, path, boxes, args.boxes_at_once):
-                    masks += some
-                    bar.update(len(some))
+                if str(path) not in journal.done:
+                    journal.add(
+                        str(path), predict_masks(predictor, path, boxes, args.boxes_at_once)
+                    )
+                bar.update(len(boxes))
     except (CheckpointError, FileNotFoundError, ImageReadError, ValueError) as error:
         sys.exit(f"error: {error}")
+    masks = [mask for path in files for mask in journal.done[str(path)]]
     write_whole(args.out, json.dumps(masks))
+    journal.path.unlink()
     print(f"{len(masks)} masks in {len(files)} images, see {args.out}")
     for name, ratio in (("masks", None), ("boundary", 0.02)):
         found = mask_ap(coco, masks, ratio, args.max_dets)
@@ -116,11 +126,18 @@ def image_files(
     return groups
 
 
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def predict_masks(
     predictor: Predictor, path: Path, boxes: Sequence[Detection], at_once: int
-) -> Iterator[list[Detection]]:
-    """Give the masks of the boxes of one image, some at a time, as COCO results."""
+) -> list[Detection]:
+    """Give the masks of the boxes of one image as COCO results, `at_once` at a time."""
     predictor.set_image(path)
+    found = []
     for start in range(0, len(boxes), at_once):
         some = boxes[start : start + at_once]
         corners = np.array([one["bbox"] for one in some], float)
@@ -128,10 +145,11 @@ def predict_masks(
         masks, _, _ = predictor.predict(box=corners, multimask_output=False)
         rles = encode_masks(torch.from_numpy(masks[:, 0]))
         kept = ("image_id", "category_id", "score")
-        yield [
+        found += [
             {**{key: one[key] for key in kept}, "segmentation": rle}
             for one, rle in zip(some, rles, strict=True)
         ]
+    return found
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Files that are there whole or not at all, whenever a process ends."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -47,3 +49,47 @@ def remove_leftovers(folder: str | Path) -> list[str]:
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)
     return [leftover.name for leftover in leftovers]
+
+
+class Journal:
+    """Results of a long work, one line of JSON each, from which the next run goes on.
+
+    A line that the end of a process cut off is dropped.
+
+    Args:
+        path: of the file; what is there is read.
+        settings: what the results depend on, plain JSON, the first line.
+
+    Attributes:
+        done: results so far, by name.
+
+    Raises:
+        ValueError: the file is of other settings, or no journal.
+    """
+
+    def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.done: dict[str, Any] = {}
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+        try:
+            head, *rest = [json.loads(line) for line in lines[:-1]] or [settings]
+            self.done = dict(rest)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.path} is no journal of an earlier run ({error}); remove it to start anew"
+            ) from error
+        if head != settings:
+            raise ValueError(
+                f"{self.path} is of a run with {head}, this one has {settings}; remove it to start "
+                "anew"
+            )
+        whole = b"".join(line + b"\n" for line in lines[:-1])
+        write_whole(self.path, whole or json.dumps(settings) + "\n")
+
+    def add(self, name: str, result: Any) -> None:
+        """Keep a result, plain JSON, on the disk at once."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([name, result]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.done[name] = result

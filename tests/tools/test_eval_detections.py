@@ -167,3 +167,39 @@ def test_missing_files(made: Path, run: Run, gone: str, said: str) -> None:
 def test_wrong_arguments(run: Run) -> None:
     with pytest.raises(SystemExit, match="want 1 or more"):
         run("--max-dets", "0")
+
+
+def test_goes_on_where_it_stopped(
+    made: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stop in the second image loses that image only, and the end is the same."""
+    run()
+    wanted = (made / "out/masks.json").read_bytes()
+    (made / "out/masks.json").unlink()
+    seen: list[str] = []
+    real = Predictor.set_image
+
+    def stop_at(last: int) -> None:
+        def set_image(self: Predictor, image: Path) -> None:
+            seen.append(Path(image).name)
+            if len(seen) == last:
+                raise KeyboardInterrupt
+            real(self, image)
+
+        monkeypatch.setattr(Predictor, "set_image", set_image)
+
+    stop_at(2)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert os.listdir(made / "out") == ["masks.json.part"]
+    stop_at(0)
+    run()
+    assert seen == ["7.png", "8.png", "8.png"]
+    assert (made / "out/masks.json").read_bytes() == wanted
+    assert os.listdir(made / "out") == ["masks.json"]
+    stop_at(len(seen) + 1)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    _changed(made, score=0.9)
+    with pytest.raises(SystemExit, match="remove it to start anew"):
+        run()
