@@ -86,7 +86,14 @@ setup(
     extras_require={
         "demo": DEMO,
         "export": EXPORT,
-        "test": ["pytest>=8", "hypothesis>=6.100", "segment-anything==1.0", *DEMO, *EXPORT],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "segment-anything==1.0",
+            *DEMO,
+            *EXPORT,
+        ],
         "dev": ["ruff>=0.9", "mypy>=1.14"],
     },
 )

@@ -12,8 +12,6 @@ import math
 import os
 import platform
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +25,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from vision.version import git_commit
 
 Row = dict[str, Any]
 Call = Callable[[], Any]
@@ -70,7 +70,7 @@ def environment(device: torch.device) -> Row:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"machine": _machine(device), "versions": found, "commit": _commit()}
+    return {"machine": _machine(device), "versions": found, "commit": git_commit()}
 
 
 def _machine(device: torch.device) -> Row:
@@ -84,19 +84,6 @@ def _machine(device: torch.device) -> Row:
     if device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(device)
     return machine
-
-
-def _commit() -> str | None:
-    """Return the commit of this checkout, "+" added when files differ from it; None without git."""
-    if shutil.which("git") is None:
-        return None
-    # Looking must not write to the index, which others may be using.
-    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parents[1])]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
-        return None
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
-    return head.stdout.strip() + ("+" if changed.stdout else "")
 
 
 @contextmanager

@@ -1,11 +1,15 @@
 """What users install and run first."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from setuptools import find_packages
+
+from vision import version
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,7 +57,7 @@ def test_every_folder_is_packaged() -> None:
 def test_ci_runs_the_commands_of_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    test_command = 'pip install -e ".[demo,test,dev]" && python -m pytest'
+    test_command = 'pip install -e ".[demo,test,dev]" && python -m pytest -n auto --dist loadfile'
     assert test_command in readme
     install, test = (part.strip() for part in test_command.split("&&"))
     lines = [line.strip() for line in script.splitlines()]
@@ -67,3 +71,12 @@ def test_readme_names_files_that_exist() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in re.findall(r"(?:tools|configs|docs|benchmarks)/[\w./-]+", readme):
         assert (ROOT / name.rstrip(".")).exists(), name
+
+
+def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = version.git_commit()
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        assert found is not None
+        assert re.fullmatch(r"[0-9a-f]{40}\+?", found)
+    monkeypatch.setenv("PATH", str(tmp_path))  # a machine without git
+    assert version.git_commit() is None

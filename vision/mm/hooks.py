@@ -5,7 +5,6 @@ import io
 import json
 import math
 import platform
-import subprocess
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 from vision.files import write_whole
+from vision.version import git_commit
 
 HISTORY = "history.jsonl"
 CURVES = "curves.png"
@@ -52,25 +52,6 @@ def _number(x: Any) -> float | None:
     if isinstance(x, torch.Tensor):
         return float(x.detach()) if x.numel() == 1 else None
     return float(x) if isinstance(x, int | float) or hasattr(x, "__float__") else None
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout that the package runs from, "+" added when files differ from it."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    return commit and commit + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
 @HOOKS.register_module()
