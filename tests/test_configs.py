@@ -86,6 +86,11 @@ def stand_in(cfg: Config, root: Path) -> None:
         elif dataset.type == "ImagesForDistillation":
             dataset.update(data_root=str(root), image_size=SIDE, cache=None)
             write_images(root / dataset.data_prefix.img_path)
+        elif dataset.type == "UnlabelledImages":
+            dataset.data_root = str(root)
+            dataset.transform.input_size = SIDE
+            for folder in dataset.data_prefix.values():
+                write_images(root / folder)
         else:
             dataset.data_root = str(root)
             shrink(dataset.pipeline)
@@ -143,6 +148,7 @@ def test_config_trains_a_step(path: Path, tmp_path: Path) -> None:
     wanted = "seg/mIoU" if "decode_head" in cfg.model else "accuracy/top1"
     wanted = "sam/box_mIoU" if cfg.model.type == "PromptableSegmentor" else wanted
     wanted = "distill/mse" if cfg.model.type == "EmbeddingDistiller" else wanted
+    wanted = "mae/mse" if cfg.model.type == "MAEPretrainer" else wanted
     assert any(wanted in k for k in metrics)
 
 
@@ -203,6 +209,28 @@ def test_recipes_are_the_published_ones() -> None:
         assert cfg.optim_wrapper.optimizer.lr == lr
         assert cfg.optim_wrapper.paramwise_cfg.decay_rate == decay
         assert cfg.train_cfg.max_iters == 160_000
+
+
+def test_masked_pretraining_is_the_published_one() -> None:
+    def load(name: str) -> Config:
+        return Config.fromfile(ROOT / "configs" / "mae" / name)
+
+    base = load("vrwkv-base_8xb128-800e_mae_in1k-224.py")
+    tiny = load("vrwkv-tiny_8xb128-800e_mae_in1k-224.py")
+    for cfg in (base, tiny):
+        wrapper = cfg.optim_wrapper
+        batch = 8 * cfg.train_dataloader.batch_size * wrapper.accumulative_counts
+        assert batch == 4096
+        assert wrapper.optimizer.lr == pytest.approx(1.5e-4 * batch / 256)
+        assert tuple(wrapper.optimizer.betas) == (0.9, 0.95)
+        assert wrapper.optimizer.weight_decay == 0.05
+        assert "paramwise_cfg" not in wrapper  # all parameters decay
+        assert cfg.train_cfg.max_epochs == 800
+        assert cfg.param_scheduler[0].end == 10
+        assert tuple(cfg.train_dataloader.dataset.transform.scale) == (0.2, 1.0)
+    model = base.model
+    assert (model.shift, model.key_norm, model.drop_path_rate) == ("single_shift", True, 0.1)
+    assert (model.decoder.dim, model.decoder.depth) == (512, 8)
 
 
 def test_vit_differs_from_vrwkv_in_the_backbone_alone() -> None:

@@ -223,6 +223,50 @@ class WorstPromptsHook(_SheetHook):
             sheet.save(self._folder(runner) / f"worst_{phase}.png")
 
 
+@HOOKS.register_module()
+class ReconstructionSheetHook(_SheetHook):
+    """Write one PNG with images, what a masked autoencoder saw of them, and what it made of that.
+
+    Below: its mean squared error, and that of the mean of the visible patches. Written as
+    reconstructions_val.png or reconstructions_test.png, anew by every evaluation.
+
+    Args:
+        images: how many images the sheet shows, from all over the evaluation.
+        out_dir: folder; default: the run's work dir.
+
+    Raises:
+        ValueError: fewer than one image.
+    """
+
+    def __init__(self, images: int = 16, out_dir: str | None = None) -> None:
+        super().__init__(out_dir)
+        if images < 1:
+            raise ValueError(f"images wants 1 or more, got {images}")
+        self.images = images
+        self._start()
+
+    def _start(self) -> None:
+        self._tiles: list[np.ndarray] = []
+        self._captions: list[str] = []
+        self._seen = 0
+
+    def _draw(self, runner: Any, loader: Any, batch: Any, outputs: Sequence[Any]) -> None:
+        step = max(1, len(loader.dataset) // get_world_size() // self.images)
+        for image, output in zip(batch["inputs"], outputs, strict=True):
+            wanted = self._seen % step == 0 and len(self._tiles) < self.images
+            self._seen += 1
+            if wanted:
+                panels = torch.cat([image.cpu(), output["masked"], output["painted"]], 2)
+                self._tiles.append(_small(_large(panels.numpy().transpose(1, 2, 0))))
+                errors = (output["mse"], output["mean_of_visible"])
+                self._captions.append("error {:.3f}, mean of visible {:.3f}".format(*errors))
+
+    def _write(self, runner: Any, phase: str) -> None:
+        if self._tiles:
+            sheet = contact_sheet(self._tiles, self._captions, columns=2)
+            sheet.save(self._folder(runner) / f"reconstructions_{phase}.png")
+
+
 def draw_errors(picture: np.ndarray, found: Tensor, true: Tensor) -> np.ndarray:
     """Image with the tight box, true mask, mask found, and errors side by side.
 

@@ -5,6 +5,7 @@ arXiv:2403.02308 (ICLR 2025). Published weights: OpenGVLab/Vision-RWKV, Apache-2
 differs slightly from the paper's formula, which is the one computed here (see the README).
 """
 
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,8 @@ from .checkpoint import (
     with_weights_of_file,
 )
 from .classifier import HEAD_NAMES, TokenClassifier, init_linear
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ["VisionRWKV", "checkpoint_filter_fn", "create_vrwkv", "map_checkpoint", "published_cfg"]
 
@@ -400,6 +403,15 @@ def map_checkpoint(
     return mapped
 
 
+def _filled(mapped: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Add the model's own classifier where a checkpoint has none, as of masked pretraining."""
+    own = model.state_dict()
+    missing = {name: own[name] for name in HEAD_NAMES if name in own and name not in mapped}
+    if missing:
+        _logger.warning("the checkpoint has no classifier; the model's own stays as it is")
+    return {**mapped, **missing}
+
+
 def published_cfg(filename: str = "", **kwargs: Any) -> dict[str, Any]:
     """The `pretrained_cfg` of a model; without a file of OpenGVLab's it has no weights."""
     published = {
@@ -464,7 +476,7 @@ def create_vrwkv(
         VisionRWKV,
         variant,
         pretrained,
-        pretrained_filter_fn=filter_fn,
+        pretrained_filter_fn=lambda state, model: _filled(filter_fn(state, model), model),
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **kwargs,
     )
