@@ -9,33 +9,21 @@ loaded by `timm.create_model(NAME, checkpoint_path=FILE)`.
 """
 
 import argparse
-import ast
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a bare checkout
 
 import timm
 
 import vision  # noqa: F401 -- registers the models
+from vision.arguments import key_value
 from vision.models.checkpoint import (
     CheckpointError,
     check_fit,
     read_checkpoint,
     write_weights,
 )
-
-
-def key_value(text: str) -> tuple[str, Any]:
-    """Read KEY=VALUE; a value that is no Python literal is a string."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"wanted KEY=VALUE, got {text!r}")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
 
 
 def main() -> None:
