@@ -335,8 +335,8 @@ def test_bad_input() -> None:
             encoder().forward_kept(images(), kept)
     with pytest.raises(ValueError, match=r"rising places"):
         encoder().forward_kept(images(), torch.tensor([[3, 3]] * 2))
+    _, grid = encoder().forward_kept(images(1), torch.tensor([[0, 3]]))
     with pytest.raises(ValueError, match=r"got tokens \(2, 24, 64\) for kept places \(1, 2\)"):
-        _, grid = encoder().forward_kept(images(1), torch.tensor([[0, 3]]))
         grid.spread(torch.zeros(2, 24, 64))
     with pytest.raises(ValueError, match="int64 places"):
         encoder().forward_kept(images(), torch.tensor([[0.0, 3.0]] * 2))
