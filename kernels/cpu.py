@@ -59,7 +59,7 @@ def bi_wkv_call(
         v: values, of the same dtype as k.
         y: the output.
         gradients: of the output, the keys and the values.
-        sums: where partial gradients of w and of u go, float64 (2, parts, C).
+        sums: room for partial gradients of w and of u, float64 (2, parts * B, C).
     """
     given = [rows(x) for x in gradients] or [_NOTHING] * 3
     pointers = (0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())
@@ -127,7 +127,7 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "vision_cpu_source": (c_char_p, []),
     "vision_bi_wkv_parts": (c_int64, [c_int64, c_int64, c_int64, c_int]),
     "vision_bi_wkv": (c_int, [c_char_p, c_void_p, c_void_p, c_int, c_int64]),
-    "vision_bi_wkv_grads": (c_int, [c_char_p, c_void_p, c_void_p, c_int, c_int64]),
+    "vision_bi_wkv_grads": (c_int, [c_char_p, *[c_void_p] * 4, c_int, c_int64]),
     "vision_shift_mix_parts": (c_int64, [c_char_p]),
     "vision_shift_mix": (c_int, [c_char_p, c_int]),
     "vision_shift_mix_grads": (c_int, [c_char_p, c_void_p, c_int]),

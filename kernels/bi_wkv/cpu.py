@@ -68,17 +68,18 @@ def backward(
     gk, gv = torch.empty(k.shape, dtype=dtype), torch.empty(v.shape, dtype=dtype)
     library = cpu.library()
     threads, parts = _parts(library, k)
-    sums = torch.empty(2, parts * k.shape[0], channels, dtype=torch.float64)
+    partial = torch.empty(2, parts * k.shape[0], channels, dtype=torch.float64)
+    gw, gu = (torch.empty(channels, dtype=torch.float32) for _ in range(2))
     rounded = y.dtype != dtype
     result = forward(w, u, keys, values) if rounded else y
-    call = cpu.bi_wkv_call(keys, values, result, (grads, gk, gv), sums)
-    status = library.vision_bi_wkv_grads(call, wide_w.data_ptr(), wide_u.data_ptr(), threads, parts)
+    call = cpu.bi_wkv_call(keys, values, result, (grads, gk, gv), partial)
+    parameters = (x.data_ptr() for x in (wide_w, wide_u, gw, gu))
+    status = library.vision_bi_wkv_grads(call, *parameters, threads, parts)
     if status == _GROWS:
         wide = scan.backward(w.double(), u.double(), k.double(), v.double(), y, gy.double())
         gw, gu, gk, gv = (g.to(x.dtype) for g, x in zip(wide, (w, u, k, v), strict=True))
         return gw, gu, gk, gv
     cpu.check(status, "bi_wkv")
-    gw, gu = sums.sum(1).unbind()
     return gw.to(w.dtype), gu.to(u.dtype), gk.to(k.dtype), gv.to(v.dtype)
 
 

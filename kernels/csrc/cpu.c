@@ -197,17 +197,29 @@ EXPORT int vision_bi_wkv(const bi_wkv_call *call, const float *w, const float *u
    is the small rest of sums that cancel. */
 static const float most_growth = 20.0f;
 
-/* gk, gv and (parts, batch, channels) partial sums of gw and gu from k, v, gy and, in
-   float32, y. Does nothing and returns 1 where the weights grow too much for float32. */
+static void sum_rows(float *total, const double *rows, int64_t count, int64_t channels) {
+    for (int64_t c = 0; c < channels; c++) {
+        double sum = 0;
+        for (int64_t r = 0; r < count; r++) sum += rows[r * channels + c];
+        total[c] = (float)sum;
+    }
+}
+
+/* gk, gv, gw and gu from k, v, gy and, in float32, y. Does nothing and returns 1 where the weights
+   grow too much for float32. */
 EXPORT int vision_bi_wkv_grads(const bi_wkv_call *call, const float *w, const float *u,
-                               int threads, int64_t parts) {
+                               float *gw, float *gu, int threads, int64_t parts) {
     for (int64_t c = 0; c < call->channels; c++)
         if (w[c] * (float)call->tokens < -most_growth) return 1;
     const kernels *with = serving();
     phase *phases[] = {with->bi_wkv_summaries,      with->bi_wkv_carry,
                        with->bi_wkv_grad_summaries, with->bi_wkv_grad_carry,
                        with->bi_wkv_grads};
-    return run(call, call->gk, w, u, threads, parts, phases, 5);
+    int failed = run(call, call->gk, w, u, threads, parts, phases, 5);
+    if (failed) return failed;
+    sum_rows(gw, call->gw, parts * call->batch, call->channels);
+    sum_rows(gu, call->gu, parts * call->batch, call->channels);
+    return 0;
 }
 
 /* --- shift_mix ----------------------------------------------------------------------------- */
