@@ -4,5 +4,6 @@ from . import vrwkv6
 from .ran import ResidualAttentionNet
 from .rwkv_sam import RwkvSamEncoder
 from .vrwkv import VisionRWKV
+from .vrwkv_adapter import BackboneAdapter
 
-__all__ = ["ResidualAttentionNet", "RwkvSamEncoder", "VisionRWKV", "vrwkv6"]
+__all__ = ["BackboneAdapter", "ResidualAttentionNet", "RwkvSamEncoder", "VisionRWKV", "vrwkv6"]

@@ -5,7 +5,8 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,31 @@ def with_weights_of_file(
         return dict(kwargs)
     weights = unwrap_state_dict(read(overlay["file"]))
     return {**kwargs, "pretrained_cfg_overlay": {**overlay, "state_dict": weights}}
+
+
+@contextmanager
+def fetching(model_name: str, page: str) -> Iterator[None]:
+    """Say what to do when a hub cannot be reached from inside of the block.
+
+    Args:
+        model_name: what is being created.
+        page: where its file can be downloaded by hand.
+
+    Raises:
+        RuntimeError: in the place of the hub's errors.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    offline = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError)
+    try:
+        yield
+    except offline as error:
+        raise RuntimeError(
+            f"could not fetch the published weights of {model_name} from the hub (no network?). On "
+            "a machine that has one, download the file named in model.pretrained_cfg from "
+            f"{page}, then pass its path: timm.create_model({model_name!r}, pretrained=True, "
+            "pretrained_cfg_overlay=dict(file='path/to/file.pth'))"
+        ) from error
 
 
 def split_prefix(

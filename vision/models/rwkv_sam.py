@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d, to_2tuple, trunc_normal_
 from timm.models import (
@@ -25,6 +24,7 @@ from vision.layers.activation import gelu
 from vision.layers.block import Block
 from vision.layers.conv import MBConv, MBConvBlock, map_to_tokens, tokens_to_map
 from vision.layers.init import depth_ratio
+from vision.layers.padding import pad_to_multiple
 from vision.layers.pos_embed import resample_pos_embed
 
 from .checkpoint import with_weights_of_file
@@ -253,7 +253,7 @@ class RwkvSamEncoder(TokenClassifier):
 
         With `norm` the final norm is applied to the tokens after the middle block as well.
         """
-        x = self.stem(_pad(x))
+        x = self.stem(pad_to_multiple(x, _STRIDE))
         for stage in self.stages:
             for conv in stage.children():
                 x = self._run(conv, x)
@@ -347,19 +347,6 @@ class RwkvSamEncoder(TokenClassifier):
 def _grid(img_size: int | tuple[int, int]) -> tuple[int, int]:
     height, width = to_2tuple(img_size)
     return math.ceil(height / _STRIDE), math.ceil(width / _STRIDE)
-
-
-def _pad(x: Tensor) -> Tensor:
-    """Fill images (B, C, H, W) up with zeros to multiples of 16 pixels."""
-    if x.ndim != 4 or 0 in x.shape:
-        raise ValueError(
-            f"wanted a batch of images (B, in_chans, H, W) with no empty side, got {tuple(x.shape)}"
-        )
-    bottom, right = ((s + _STRIDE - 1) // _STRIDE * _STRIDE - s for s in x.shape[-2:])
-    # A comparison would fix a size that an exported graph leaves open.
-    if isinstance(bottom, int) and isinstance(right, int) and bottom == right == 0:
-        return x
-    return F.pad(x, (0, right, 0, bottom))
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
