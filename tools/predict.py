@@ -4,6 +4,10 @@
 
 Classification writes predictions.json, segmentation NAME_overlay.png and NAME_mask.png (class
 indices) for each image. An image that cannot be read is reported at the end; the rest is done.
+
+--tile predicts large images in tiles that overlap, so that memory does not grow with the image:
+
+    python tools/predict.py CONFIG CHECKPOINT satellite.tif --tile 1024 --overlap 256
 """
 
 import argparse
@@ -35,11 +39,18 @@ def main() -> int:
     parser.add_argument("--out-dir", type=Path, default=Path("predictions"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--opacity", type=float, default=0.5, help="of the overlay, 0 to 1")
+    parser.add_argument("--tile", type=int, metavar="PX", help="segment in tiles of this side")
+    parser.add_argument(
+        "--overlap", type=int, metavar="PX", help="of tiles, at least (default: a quarter)"
+    )
     args = parser.parse_args()
+    if args.overlap is not None and args.tile is None:
+        parser.error("--overlap is of tiles; give their side with --tile")
 
     try:
         files = [(root, f) for p in args.inputs for root, f in named_images(p)]
-        predictor = Predictor(args.config, args.checkpoint, args.device)
+        tiles = None if args.tile is None else (args.tile, args.overlap)
+        predictor = Predictor(args.config, args.checkpoint, args.device, tiles)
     except (CheckpointError, FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     args.out_dir.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """Evaluate a trained model.
 
 python tools/test.py CONFIG CHECKPOINT [--out results.json] [--show-dir pictures] [--tta]
+
+--tile 1024 --overlap 256 segments large images in tiles that overlap.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from vision.mm.launch import (
     load_config,
 )
 from vision.mm.reading import read_run_checkpoint
+from vision.mm.tiling import use_tiles
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,7 +39,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the metrics to this JSON file")
     parser.add_argument("--show-dir", type=Path, help="write prediction pictures to this folder")
     parser.add_argument("--tta", action="store_true", help="test-time augmentation")
-    return parser.parse_args()
+    parser.add_argument("--tile", type=int, metavar="PX", help="segment in tiles of this side")
+    parser.add_argument(
+        "--overlap", type=int, metavar="PX", help="of tiles, at least (default: a quarter)"
+    )
+    args = parser.parse_args()
+    if args.overlap is not None and args.tile is None:
+        parser.error("--overlap is of tiles; give their side with --tile")
+    if args.tile is not None and args.tta:
+        parser.error("--tta averages logits, which --tile does not keep; use one of the two")
+    return args
 
 
 def use_tta(cfg: Config) -> None:
@@ -55,6 +67,8 @@ def main() -> None:
         cfg = load_config(args)
         check_data(cfg, "test")
         read_run_checkpoint(args.checkpoint, mmap=True)  # a look, before anything slow
+        if args.tile is not None:
+            use_tiles(cfg.model, args.tile, args.overlap)
     if args.tta:
         use_tta(cfg)
     if args.show_dir:

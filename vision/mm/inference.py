@@ -19,6 +19,7 @@ from .classifier import ImageClassifier
 from .compat import cpu_safe_config
 from .datasets import ClassifierInputs
 from .reading import read_run_checkpoint
+from .tiling import use_tiles
 
 # Transforms that read files; a prediction starts from an image in memory.
 _LOADERS = {"LoadImage", "LoadMask", "LoadImageFromFile", "LoadAnnotations"}
@@ -34,10 +35,12 @@ class Predictor:
         config: path of the config file, or the config.
         checkpoint: file of `tools/train.py`.
         device: where to run.
+        tiles: side of the tiles to segment in and their overlap, pixels (None: a quarter); None
+            for whole images.
 
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another model.
-        ValueError: a model that is no classifier and no segmentor.
+        ValueError: a model that is no classifier and no segmentor, or no such tiles.
 
     Attributes:
         classes: names of the classes.
@@ -45,10 +48,16 @@ class Predictor:
     """
 
     def __init__(
-        self, config: str | Path | Config, checkpoint: str | Path, device: str | torch.device
+        self,
+        config: str | Path | Config,
+        checkpoint: str | Path,
+        device: str | torch.device,
+        tiles: tuple[int, int | None] | None = None,
     ) -> None:
         cfg = config if isinstance(config, Config) else Config.fromfile(config)
         cpu_safe_config(cfg)
+        if tiles is not None:
+            use_tiles(cfg.model, *tiles)
         init_default_scope(cfg.get("default_scope", "mmengine"))
         self.device = torch.device(device)
         self.model = MODELS.build(cfg.model)
