@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vision.kernels import gate
 
 from .activation import gelu
+from .chunks import by_chunks
 from .init import channel_init
 from .shift_mix import ShiftMix
 from .vrwkv6_mix import HeadShiftMix
@@ -58,9 +59,17 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """Mix the channels of tokens (B, T, C); the shift runs over the grid hw."""
-        xk, xr = self.shift_mix(x, hw)
-        hidden = self.norm(_relu_squared(self.key(xk)))
-        return gate(self.receptance(xr), self.value(hidden))
+        mixed = list(self.shift_mix(x, hw))
+        return by_chunks(self._feed_forward, self.key.out_features, mixed)
+
+    def _feed_forward(self, mixed: list[Tensor]) -> Tensor:
+        # What was used is gone: the hidden layer is wide enough alone.
+        xr, xk = mixed.pop(), mixed.pop()
+        hidden = self.key(xk)
+        del xk
+        y = self.value(self.norm(_relu_squared(hidden)))
+        del hidden
+        return gate(self.receptance(xr), y)
 
 
 class HeadChannelMix(ChannelMix):
@@ -119,6 +128,10 @@ class GeGLU(nn.Module):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """Mix the channels of tokens (B, T, C); the grid hw does not matter."""
+        return by_chunks(self._feed_forward, 2 * self.gate.out_features, [x])
+
+    def _feed_forward(self, tokens: list[Tensor]) -> Tensor:
+        (x,) = tokens
         return self.output(gelu(self.gate(x)) * self.value(x))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vision.kernels import bi_wkv, gate, wkv6_bi
 
 from .attention import Attention
+from .chunks import by_chunks
 from .init import depth_ratio, spatial_init
 from .shift_mix import ShiftMix
 from .vrwkv6_mix import DECAY_RANK, DataShiftMix, lora_init
@@ -62,7 +63,14 @@ class BiWKVMixer(nn.Module):
         """Mix tokens (B, T, C) over the grid hw."""
         xk, xv, xr = self.shift_mix(x, hw)
         tokens = x.shape[1]
-        y = bi_wkv(self.decay / tokens, self.bonus / tokens, self.key(xk), self.value(xv))
+        k, v = self.key(xk), self.value(xv)
+        del xk, xv  # they would be held beside the operator's output
+        y = bi_wkv(self.decay / tokens, self.bonus / tokens, k, v)
+        del k, v
+        return by_chunks(self._gated, x.shape[2], [xr, y])
+
+    def _gated(self, tokens: list[Tensor]) -> Tensor:
+        xr, y = tokens
         return self.output(gate(self.receptance(xr), self.norm(y)))
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import PatchEmbed, to_2tuple
+from timm.layers import to_2tuple
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from vision.layers.block import Block
 from vision.layers.init import depth_ratio
 from vision.layers.kept_grid import KeptGrid
+from vision.layers.patch_embed import PaddedPatchEmbed
 from vision.layers.pos_embed import resample_pos_embed
 
 from .checkpoint import (
@@ -111,13 +112,11 @@ class VisionRWKV(TokenClassifier):
             raise ValueError(f"depth must be at least 1, got {depth}")
         self.embed_dim = embed_dim
 
-        self.patch_embed = PatchEmbed(
+        self.patch_embed = PaddedPatchEmbed(
             img_size=tuple(math.ceil(s / patch_size) * patch_size for s in to_2tuple(img_size)),
             patch_size=patch_size,
             in_chans=in_chans,
             embed_dim=embed_dim,
-            strict_img_size=False,
-            dynamic_img_pad=True,
         )
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
@@ -203,8 +202,9 @@ class VisionRWKV(TokenClassifier):
                 f"got {tuple(x.shape)}"
             )
         hw = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-        x = self.patch_embed(x)
-        x = x + resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, hw)
+        pos_embed = resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, hw)
+        # In this order the sum has its channels side by side, as what follows wants them.
+        x = pos_embed + self.patch_embed(x)
         if self.cls_token is not None:
             x = torch.cat([x, self.cls_token.expand(len(x), -1, -1)], 1)
         return self.norm_pre(self.pos_drop(x)), hw
