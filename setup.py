@@ -13,6 +13,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vision" / "version.py").re
 
 EXPORT = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]
 DEMO = ["scikit-learn>=1.4"]
+DETECTION = ["mmdet>=3.3,<3.4"]
 
 SOURCES = sorted(
     [
@@ -85,6 +86,7 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
+        "detection": DETECTION,
         "export": EXPORT,
         "test": [
             "pytest>=8",
@@ -92,6 +94,7 @@ setup(
             "hypothesis>=6.100",
             "segment-anything==1.0",
             *DEMO,
+            *DETECTION,
             *EXPORT,
         ],
         "dev": ["ruff>=0.9", "mypy>=1.14"],

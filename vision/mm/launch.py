@@ -12,7 +12,7 @@ from mmengine.config import Config, DictAction
 
 from vision.models.checkpoint import CheckpointError
 
-from .compat import cpu_safe_config, init_dist
+from .compat import cpu_safe_config, init_dist, is_installed
 
 # Top-level keys that mmengine's Runner reads; others are a config's own variables.
 RUNNER_KEYS = (
@@ -74,8 +74,8 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Raises:
         FileNotFoundError: no such config; close names are listed.
-        ConfigError: a key that is close to a known one but not it, or a data folder that is
-            missing or empty.
+        ConfigError: a key that is close to a known one but not it, a data folder that is missing or
+            empty, or a detector without mmdet.
     """
     path = Path(args.config)
     if not path.is_file():
@@ -87,6 +87,10 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / path.stem)
     cfg.launcher = args.launcher
     check_keys(cfg)
+    if cfg.get("default_scope") == "mmdet" and not is_installed("mmdet"):
+        raise ConfigError(
+            f"{path} is of a detector, which needs mmdet: pip install -e '.[detection]'"
+        )
     init_dist(cfg.launcher)
     cpu_safe_config(cfg)
     return cfg

@@ -1,0 +1,24 @@
+"""VRWKV-Adapter-S with Mask R-CNN on COCO, 1x, on 8 GPUs. Not run here.
+
+torchrun --nproc_per_node=8 tools/train.py \
+    configs/vrwkv_adapter/vrwkv-adapter-small_mask-rcnn_8xb2-1x_coco-800x1333.py \
+    --launcher pytorch --amp
+
+Published: 44.8 and 40.2.
+"""
+
+_base_ = [
+    "../_base_/det_runtime.py",
+    "../_base_/models/mask_rcnn.py",
+    "../_base_/datasets/coco_detection_1333.py",
+    "../_base_/schedules/adamw_1x_det.py",
+]
+model = dict(
+    backbone=dict(
+        model_name="vrwkv_adapter_small",
+        flavour="detection",
+        checkpoint="published",
+        drop_path_rate=0.2,
+    ),
+    neck=dict(in_channels=[384, 384, 384, 384]),
+)
