@@ -37,7 +37,7 @@ train_dataloader = dict(
             ),
         ],
         repeats=[1, 2, 3],
-        transform=dict(type="LargeScaleJitter", size=256, ratio=(0.5, 2.0), flip=0.5, colour=0.2),
+        transform=dict(type="LargeScaleJitter", size=256, ratio=(0.75, 3.5), flip=0.5, colour=0.2),
         max_masks=8,
     ),
 )

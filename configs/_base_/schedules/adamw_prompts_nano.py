@@ -1,10 +1,10 @@
-"""AdamW for a small promptable model from random weights, 16 epochs, cosine by iteration.
+"""AdamW for a small promptable model from random weights, 9 epochs, cosine by iteration.
 
 The encoder learns three times as fast as the decoder; the head that predicts the IoU learns slower,
 for its units die at the decoder's rate. A config of another length repeats the scheduler.
 """
 
-max_epochs = 16
+max_epochs = 9
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=4e-3, weight_decay=0.05, fused=True),
@@ -29,6 +29,6 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=4)
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=3)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

@@ -1,6 +1,6 @@
 """RWKV-SAM-nano learns to segment a digit from its box or from a click, on a CPU, in minutes.
 
-    python tools/train.py configs/rwkv_sam/rwkv-sam-nano_1xb8-16e_digit-prompts-128.py
+    python tools/train.py configs/rwkv_sam/rwkv-sam-nano_1xb8-9e_digit-prompts-128.py
 
 Nothing is downloaded. Expected: see docs/rwkv_sam.md.
 """
