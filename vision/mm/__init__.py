@@ -24,6 +24,7 @@ from . import (  # noqa: E402 -- compat must come before anything that imports m
     promptable_data,
     promptable_metrics,
     resume,
+    tiling,
     transforms,
 )
 
@@ -44,5 +45,6 @@ __all__ = [
     "promptable_data",
     "promptable_metrics",
     "resume",
+    "tiling",
     "transforms",
 ]
