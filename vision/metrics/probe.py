@@ -185,5 +185,5 @@ def accuracy(scores: Tensor, labels: Tensor, topk: Sequence[int] = (1,)) -> dict
     for k in topk:
         if k <= scores.shape[1]:
             hits = (scores.topk(k, 1).indices == labels[:, None]).any(1)
-            result[f"top{k}"] = 100 * float(hits.float().mean())
+            result[f"top{k}"] = 100 * float(hits.double().mean())
     return result
