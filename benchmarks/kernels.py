@@ -38,7 +38,7 @@ from benchmarks.measure import (
     side_by_side,
     threads,
 )
-from vision.kernels import bi_wkv, gate, shift_mix
+from vision.kernels import bi_wkv, gate, shift_mix, wkv6_bi
 from vision.kernels.dispatch import AUTO, operators
 
 Function = Callable[..., Tensor | list[Tensor]]
@@ -46,6 +46,8 @@ Function = Callable[..., Tensor | list[Tensor]]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 RESULTS = Path(__file__).parent / "results"
 HEAD = 64  # channels of an attention head
+# Besides "reference", backends that take time and memory in the square of the number of tokens.
+_QUADRATIC = {"wkv6_bi": {"export"}}
 MIXED = 3  # copies that the spatial mix makes: receptance, key, value
 
 
@@ -96,6 +98,17 @@ def _bi_wkv(at: Setting, backend: str) -> tuple[Function, list[Tensor]]:
     return functools.partial(bi_wkv, backend=backend), [w, u, *at.tokens(2)]
 
 
+def _wkv6_bi(at: Setting, backend: str) -> tuple[Function, list[Tensor]]:
+    channels = at.shape[2]
+    if channels % HEAD:
+        raise ValueError(f"wkv6_bi needs whole heads of {HEAD} channels, got {channels}")
+    r, k, v = at.tokens(3)
+    # Decays between those that published models start from.
+    w = (torch.linspace(-6, -1, channels, device=at.device) + at.normal(*at.shape)).to(at.wide)
+    u = torch.randn(channels // HEAD, HEAD, device=at.device, dtype=at.wide)
+    return functools.partial(wkv6_bi, backend=backend), [r, k, v, w, u]
+
+
 def grid(tokens: int) -> tuple[int, int]:
     """Return height and width of the squarest grid of so many tokens."""
     height = max(n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0)
@@ -141,6 +154,7 @@ def _matmuls(at: Setting, backend: str) -> tuple[Function, list[Tensor]]:
 
 OPS = {
     "bi_wkv": Op(_bi_wkv, {FORWARD: 3, BOTH: 9}),
+    "wkv6_bi": Op(_wkv6_bi, {FORWARD: 5, BOTH: 14}),
     "shift_mix": Op(_shift_mix, {FORWARD: 1 + MIXED, BOTH: 3 + 2 * MIXED}),
     "gate": Op(_gate, {FORWARD: 3, BOTH: 8}),
     "sdpa": Op(_sdpa, {FORWARD: 0, BOTH: 0}),
@@ -171,12 +185,13 @@ def _call(direction: str, function: Function, inputs: list[Tensor]) -> Call:
 
 
 def _backends(name: str, at: Setting) -> dict[str, bool]:
-    """Return what to compare and whether it is the default; the O(T²) definition is not."""
+    """Return what to compare and whether it is the default; what is O(T²) is left out."""
     op = operators().get(name)
     if op is None:
         return {TORCH: True}
     served = op.resolve(AUTO, at.device, at.wide).name
-    return {backend: backend == served for backend in op.backends if backend != "reference"}
+    slow = {"reference"} | _QUADRATIC.get(name, set())
+    return {backend: backend == served for backend in op.backends if backend not in slow}
 
 
 def cases(names: Sequence[str], at: Setting) -> Iterator[Case]:

@@ -68,6 +68,15 @@ LIMITS = (
         Term("bi_wkv", BOTH, TORCH, _LONG),
         {_LONGEST: 6},
     ),
+    *(
+        Limit(
+            f"torch wkv6_bi, {direction}, T=4096 / T=1024",
+            Term("wkv6_bi", direction, TORCH),
+            Term("wkv6_bi", direction, TORCH, SHAPES[1]),
+            {_LONG: 5},
+        )
+        for direction in (FORWARD, BOTH)
+    ),
     Limit(
         "shift_mix / copy of what it reads and writes",
         Term("shift_mix"),
