@@ -121,6 +121,8 @@ def _prefix(outer: torch.nn.Module, inner: torch.nn.Module) -> str:
 def parameter_depths(outer: torch.nn.Module, model: Any) -> dict[str, int]:
     """Depth of each parameter of a timm `model`, under its name in `outer`.
 
+    What the model names by `beside_layers()`, as an adapter does, has no depth.
+
     Raises:
         ValueError: the model has no `group_matcher`.
     """
@@ -128,7 +130,8 @@ def parameter_depths(outer: torch.nn.Module, model: Any) -> dict[str, int]:
         raise ValueError(f"{type(model).__name__} has no group_matcher; layer decay needs one")
     prefix = _prefix(outer, model)
     depths = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
-    return {prefix + name: int(depth) for name, depth in depths.items()}
+    beside: set[str] = getattr(model, "beside_layers", set)()
+    return {prefix + name: int(depth) for name, depth in depths.items() if name not in beside}
 
 
 def names_without_decay(outer: torch.nn.Module, model: torch.nn.Module) -> set[str]:

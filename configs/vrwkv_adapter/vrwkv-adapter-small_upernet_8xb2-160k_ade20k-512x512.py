@@ -1,0 +1,14 @@
+"""VRWKV-S with its adapter and UPerNet on ADE20K; see the tiny one. Published: mIoU 47.2.
+
+    torchrun --nproc_per_node=8 tools/train.py \
+        configs/vrwkv_adapter/vrwkv-adapter-small_upernet_8xb2-160k_ade20k-512x512.py \
+        --launcher pytorch --amp
+"""
+
+_base_ = "./vrwkv-adapter-tiny_upernet_8xb2-160k_ade20k-512x512.py"
+model = dict(
+    backbone=dict(model_name="vrwkv_adapter_small", drop_path_rate=0.2),
+    decode_head=dict(in_channels=[384, 384, 384, 384]),
+    auxiliary_head=dict(in_channels=384),
+)
+optim_wrapper = dict(optimizer=dict(lr=6e-5), paramwise_cfg=dict(decay_rate=0.85))
