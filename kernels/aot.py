@@ -17,6 +17,7 @@ from . import triton_support
 from .bi_wkv import triton_kernel as bi_wkv
 from .gate import triton_kernel as gate
 from .shift_mix import triton_kernel as shift_mix
+from .wkv6 import triton_kernel as wkv6
 
 __all__ = ["Usage", "compile_all"]
 
@@ -25,8 +26,11 @@ TARGETS = tuple((arch, dtype) for arch in (80, 90) for dtype in ("bf16", "fp32")
 # What a kernel reads and writes in float32 whatever the dtype of the data.
 _FLOAT32 = frozenset(
     f"{name}_ptr"
-    for name in ("w", "u", "mu", "gw", "gu", "gmu", "lefts", "rights", "g_lefts", "borders")
-) | {"g_borders_ptr"}
+    for name in (
+        *("w", "u", "mu", "gw", "gu", "gmu", "lefts", "rights", "g_lefts", "borders", "g_borders"),
+        *("states", "g_states", "decays", "y_sides", "gr_sides", "gk_sides", "gw_sides"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ def _variants() -> Iterator[_Variant]:
     yield from _bi_wkv_variants()
     yield from _shift_mix_variants()
     yield from _gate_variants()
+    yield from _wkv6_variants()
 
 
 def _bi_wkv_variants() -> Iterator[_Variant]:
@@ -121,6 +126,22 @@ def _gate_variants() -> Iterator[_Variant]:
     for kernel in (jit.forward_kernel, jit.backward_kernel):
         name = f"gate {kernel.__name__}"
         yield _Variant(name, kernel, {"BLOCK": tiles.block}, tiles.num_warps)
+
+
+def _wkv6_variants() -> Iterator[_Variant]:
+    from .wkv6 import triton_jit as jit
+
+    def variant(kernel: Any, tiles: wkv6.Tiles, suffix: str = "", warps: int = 0) -> _Variant:
+        # Heads of 64 channels, as in all published models.
+        constants = tiles.constants(kernel, 64)
+        name = f"wkv6_bi {kernel.__name__}{suffix}"
+        return _Variant(name, kernel, constants, warps or tiles.num_warps)
+
+    yield variant(jit.carry_kernel, wkv6.FORWARD, warps=1)
+    for kernel in (jit.states_kernel, jit.output_kernel):
+        yield variant(kernel, wkv6.FORWARD)
+        yield variant(kernel, wkv6.BACKWARD, " of backward")
+    yield variant(jit.gradient_kernel, wkv6.BACKWARD)
 
 
 def _compiled(variant: _Variant, arch: int, dtype: str) -> Usage:

@@ -8,20 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import triton_support
 from ..dispatch import Backend, Operator
 from ..seam import Seam, check_tensors, compute_dtype, is_eager
-from . import chunked, export, reference
+from . import chunked, export, reference, triton_kernel
 
 __all__ = ["OPERATOR", "wkv6_bi"]
 
 OPERATOR = Operator(
     "wkv6_bi",
     [
+        Backend(
+            "triton",
+            triton_kernel.forward,
+            triton_kernel.backward,
+            triton_support.probe,
+            triton_support.DTYPES,
+        ),
         Backend("torch", chunked.forward, chunked.backward),
         Backend("reference", reference.forward, reference.backward),
         Backend("export", export.forward, chunked.backward),
     ],
-    order={"*": ("torch",)},
+    order={"cuda": ("triton", "torch"), "*": ("torch",)},
 )
 _SEAM = Seam("wkv6_bi", "vision.kernels.wkv6.export.wkv6_bi_dense")
 

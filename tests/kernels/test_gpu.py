@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vision.kernels import bi_wkv, dispatch, gate, shift_mix, use_backend
+from vision.kernels import bi_wkv, dispatch, gate, shift_mix, use_backend, wkv6_bi
 from vision.kernels.bi_wkv.reference import bi_wkv_definition
 from vision.kernels.gate.plain import gate_plain
 from vision.kernels.gate.reference import gate_definition
@@ -20,6 +20,8 @@ from vision.kernels.testing import (
     oracle,
     value_and_grads,
 )
+from vision.kernels.wkv6 import triton_kernel as wkv6_triton
+from vision.kernels.wkv6.reference import wkv6_bi_definition
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
 
@@ -160,6 +162,80 @@ def test_bi_wkv_of_more_elements_than_32_bits_count(backend: str) -> None:
     y = bi_wkv(w, w, k, v, backend=backend)
     torch.testing.assert_close(y[-1:], bi_wkv(w, w, k[-1:], v[-1:], backend="torch"))
     assert y[:-1].count_nonzero() == 0
+
+
+def wkv6_inputs(
+    tokens: int,
+    decay: float | str = "mixed",
+    batch: int = 2,
+    heads: int = 2,
+    size: int = 64,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Make inputs of wkv6_bi and a gradient; decays per token of about 1 (-14) to 0 (300)."""
+    rng = torch.Generator("cuda").manual_seed(tokens * 1000 + size)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, device="cuda")
+
+    r, k, v, w, grad = (normal(batch, tokens, heads * size) for _ in range(5))
+    w = 4 * w - 2 if decay == "mixed" else w + decay
+    inputs = {"r": r, "k": k, "v": v, "w": w, "u": normal(heads, size)}
+    return {n: x.to(dtype) for n, x in inputs.items()}, grad.to(dtype)
+
+
+def wkv6_backend(backend: str) -> Callable[..., Tensor]:
+    """Return wkv6_bi by one backend; skips one it does not have."""
+    if backend not in dispatch.operators()["wkv6_bi"].backends:
+        pytest.skip(f"wkv6_bi has no backend {backend!r}")
+    return named(wkv6_bi, backend)
+
+
+@pytest.mark.parametrize("decay", [-14.0, -2.0, 3.0, 300.0, "mixed"])
+@pytest.mark.parametrize("tokens", [1, 2, 31, 33, 196])
+@pytest.mark.parametrize("size", [20, 32, 64])
+def test_wkv6(backend: str, size: int, tokens: int, decay: float | str) -> None:
+    inputs, grad = wkv6_inputs(tokens, decay, size=size)
+    with nan_filled_empty():
+        actual = value_and_grads(wkv6_backend(backend), inputs, grad)
+    floor = {"gw": float(grad.abs().amax())}
+    assert_close(actual, oracle(wkv6_bi_definition, inputs, grad), 1e-5, floor)
+
+
+def test_wkv6_of_many_tokens(backend: str) -> None:
+    inputs, grad = wkv6_inputs(16384, batch=1)
+    actual = value_and_grads(wkv6_backend(backend), inputs, grad)
+    assert_close(actual, oracle(named(wkv6_bi, "torch"), inputs, grad), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wkv6_in_low_precision(backend: str, dtype: torch.dtype) -> None:
+    inputs, grad = wkv6_inputs(196, -2.0)
+    inputs = {n: x if n in "wu" else x.to(dtype) for n, x in inputs.items()}
+    actual = value_and_grads(wkv6_backend(backend), inputs, grad.to(dtype))
+    tolerance = dict.fromkeys(("y", "gr", "gk", "gv"), 2**-8) | {"gw": 1e-5, "gu": 1e-5}
+    assert_close(actual, oracle(wkv6_bi_definition, inputs, grad.to(dtype)), tolerance)
+
+
+def test_wkv6_is_the_same_in_every_run(backend: str) -> None:
+    inputs, grad = wkv6_inputs(600, batch=4)
+    runs = [value_and_grads(wkv6_backend(backend), inputs, grad) for _ in range(20)]
+    assert all(runs[0][n].equal(run[n]) for run in runs for n in runs[0])
+
+
+def test_every_tile_shape_of_triton_for_wkv6() -> None:
+    pytest.importorskip("triton")
+    inputs, grad = wkv6_inputs(100)
+    expected = oracle(wkv6_bi_definition, inputs, grad)
+    candidates = [
+        wkv6_triton._candidates(default) for default in (wkv6_triton.FORWARD, wkv6_triton.BACKWARD)
+    ]
+    for forward, backward in zip(*candidates, strict=True):
+        with nan_filled_empty():
+            y = wkv6_triton.forward(**inputs, tiles=forward)
+            grads = wkv6_triton.backward(**inputs, gy=grad, tiles=backward)
+        actual = {"y": y, **{f"g{n}": g for n, g in zip(inputs, grads, strict=True)}}
+        assert_close(actual, expected, 1e-5)
 
 
 @pytest.mark.parametrize(("height", "width", "channels"), SIZES)

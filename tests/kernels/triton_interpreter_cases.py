@@ -1,4 +1,4 @@
-"""Bi-WKV in Triton's interpreter; run by test_triton in a process of its own.
+"""Bi-WKV and WKV6 in Triton's interpreter; run by test_triton in a process of its own.
 
 By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/triton_interpreter_cases.py
 """
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vision.kernels import bi_wkv
+from vision.kernels import bi_wkv, wkv6_bi
 from vision.kernels.bi_wkv import triton_kernel
 from vision.kernels.bi_wkv.reference import bi_wkv_definition
 from vision.kernels.bi_wkv.triton_kernel import BACKWARD, FORWARD, Tiles
@@ -22,6 +22,8 @@ from vision.kernels.testing import (
     oracle,
     value_and_grads,
 )
+from vision.kernels.wkv6 import triton_kernel as wkv6
+from vision.kernels.wkv6.reference import wkv6_bi_definition
 
 Make = Callable[..., tuple[dict[str, Tensor], Tensor]]
 TOLERANCE = {"y": 5e-6, "gw": 1e-5, "gu": 1e-5, "gk": 1e-5, "gv": 1e-5}
@@ -176,3 +178,90 @@ def test_too_large_an_item_is_refused() -> None:
     w, k = torch.zeros(1 << 15), torch.zeros(1, 1, 1).expand(1, 1 << 15, 1 << 15)
     with pytest.raises(ValueError, match=r"less than 2\^30 elements"):
         triton_kernel.forward(w, w, k, k, tiles=Tiles(4, 2, 8, 32, 8))
+
+
+def wkv6_inputs(
+    tokens: int, decay: float | str = "mixed", batch: int = 1, heads: int = 1, size: int = 5
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Make inputs of wkv6_bi and a gradient; decays per token of about 1 (-14) to 0 (300)."""
+    rng = torch.Generator().manual_seed(tokens * 1000 + size)
+    shape = (batch, tokens, heads * size)
+    r, k, v, w, grad = (torch.randn(shape, generator=rng) for _ in range(5))
+    w = 4 * w - 2 if decay == "mixed" else w + decay
+    return {"r": r, "k": k, "v": v, "w": w, "u": torch.randn(heads, size, generator=rng)}, grad
+
+
+def wkv6_with_tiles(inputs: dict[str, Tensor], grad: Tensor, **changes: int) -> dict[str, Tensor]:
+    """Evaluate and differentiate wkv6_bi with short chunks, in unwritten memory full of NaN."""
+    shapes = {"length": 4, "block": 16, "rows": 16, **changes}
+    tiles = replace(wkv6.FORWARD, **shapes)
+    with nan_filled_empty():
+        y = wkv6.forward(**inputs, tiles=tiles)
+        grads = wkv6.backward(**inputs, gy=grad, tiles=tiles)
+    return {"y": y, **{f"g{n}": g for n, g in zip(inputs, grads, strict=True)}}
+
+
+def wkv6_in_triton(*x: Tensor) -> Tensor:
+    return wkv6_bi(*x, backend="triton")
+
+
+def assert_wkv6(inputs: dict[str, Tensor], grad: Tensor, actual: dict[str, Tensor]) -> None:
+    """Compare with the definition; gw is what is left of such terms where decays are 0 or 1."""
+    floor = {"gw": float(grad.abs().amax())}
+    assert_close(actual, oracle(wkv6_bi_definition, inputs, grad), 3e-6, floor)
+
+
+def test_wkv6_through_the_operator() -> None:
+    inputs, grad = wkv6_inputs(17)
+    assert_wkv6(inputs, grad, value_and_grads(wkv6_in_triton, inputs, grad))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 9, 21])
+def test_wkv6_of_several_chunks(tokens: int) -> None:
+    inputs, grad = wkv6_inputs(tokens)
+    assert_wkv6(inputs, grad, wkv6_with_tiles(inputs, grad))
+
+
+@pytest.mark.parametrize("decay", [-14.0, -2.0, 3.0, 300.0])
+def test_wkv6_of_weak_and_strong_decays(decay: float) -> None:
+    inputs, grad = wkv6_inputs(10, decay)
+    assert_wkv6(inputs, grad, wkv6_with_tiles(inputs, grad))
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [(32, {"block": 32}), (64, {"block": 64}), (20, {"length": 8, "group": 4}), (24, {"rows": 8})],
+)
+def test_wkv6_of_other_heads_and_tiles(size: int, changes: dict[str, int]) -> None:
+    inputs, grad = wkv6_inputs(6, size=size)
+    assert_wkv6(inputs, grad, wkv6_with_tiles(inputs, grad, **changes))
+
+
+def test_wkv6_of_several_heads_and_items_with_any_strides() -> None:
+    inputs, grad = wkv6_inputs(5, batch=2, heads=3)
+    strided = {n: x.mT.contiguous().mT for n, x in inputs.items()}
+    assert not any(x.is_contiguous() for x in strided.values())
+    assert_wkv6(inputs, grad, wkv6_with_tiles(strided, grad.mT.contiguous().mT))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wkv6_in_low_precision(dtype: torch.dtype) -> None:
+    inputs, grad = wkv6_inputs(9, -2.0)
+    inputs = {n: x if n in "wu" else x.to(dtype) for n, x in inputs.items()}
+    actual = wkv6_with_tiles(inputs, grad.to(dtype))
+    assert {n: actual[f"g{n}"].dtype for n in inputs} == {n: x.dtype for n, x in inputs.items()}
+    # Rounded once at the end; w and u are float32 all the way.
+    tolerance = dict.fromkeys(("y", "gr", "gk", "gv"), 2**-8) | {"gw": 1e-5, "gu": 1e-5}
+    assert_close(actual, oracle(wkv6_bi_definition, inputs, grad.to(dtype)), tolerance)
+
+
+def test_wkv6_keeps_nan_and_gives_the_same_in_every_run() -> None:
+    inputs, grad = wkv6_inputs(5, heads=2)
+    first, second = (wkv6_with_tiles(inputs, grad) for _ in range(2))
+    assert all(x.equal(second[n]) for n, x in first.items())
+    for name in ("k", "w"):
+        spoilt = {n: x.clone() for n, x in inputs.items()}
+        spoilt[name][0, 2, 3] = float("nan")
+        y = wkv6.forward(**spoilt, tiles=replace(wkv6.FORWARD, length=4, block=16, rows=16))
+        assert y[0, :, :5].isnan().any()
+        assert y[0, :, 5:].isfinite().all()
