@@ -35,12 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a bare
 
 import timm
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import vision  # noqa: F401 -- registers the models
+from benchmarks.highres_models import DTYPES, FORWARD, TRAINING, Setting, build, pass_of
 from benchmarks.highres_report import BENCHMARK, draw, load, summary
 from benchmarks.measure import (
     Call,
@@ -52,6 +51,7 @@ from benchmarks.measure import (
     environment,
     extra_bytes,
     keep_freed_memory,
+    return_freed_memory,
     side_by_side,
     threads,
 )
@@ -67,136 +67,6 @@ MODELS = (
 )
 SIZES = ("512", "1024", "2048x1024", "2048")
 QUICK = {"models": list(MODELS[:2]), "sizes": ["128", "256", "512"], "seconds": 2.0}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FORWARD, TRAINING = "forward", "training step"
-CLASSES = 150  # of ADE20K
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What one row measures; height and width are in pixels."""
-
-    model: str
-    height: int
-    width: int
-    task: str = FORWARD
-    head: str = "none"
-    precision: str = "fp32"
-    compiled: bool = False
-    device: str = "cpu"
-    threads: int = 1
-    batch: int = 1
-
-    @property
-    def hw(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.height, self.width
-
-    def matches(self, row: Row) -> bool:
-        """Whether a row was measured with this setting."""
-        return all(row[key] == value for key, value in dataclasses.asdict(self).items())
-
-
-# --- models --------------------------------------------------------------------------------------
-
-
-def backbone(name: str, hw: tuple[int, int]) -> tuple[nn.Module, dict[str, Any]]:
-    """A backbone for images of this size, and the keywords that adapted it (none: it needs none).
-
-    Windows keep their size: timm pads maps to multiples of it.
-    """
-    try:
-        return timm.create_model(name, num_classes=0, img_size=hw), {"img_size": hw}
-    except TypeError as error:
-        if "'img_size'" not in str(error):
-            raise
-    return timm.create_model(name, num_classes=0), {}
-
-
-def with_head(name: str, hw: tuple[int, int], head: str) -> nn.Module:
-    """An mmseg model of a backbone and a head: "upernet", or "fcn" for a linear classifier.
-
-    A plain backbone, of one stride, gives four of its blocks to UPerNet through Feature2Pyramid.
-    """
-    from mmengine.config import Config
-    from mmengine.registry import MODELS as REGISTRY
-    from mmengine.registry import init_default_scope
-
-    import vision.mm  # noqa: F401 -- registers the zoo with mmengine
-    from vision.mm.compat import cpu_safe_config
-
-    body, adapted = backbone(name, hw)
-    info: Any = body.feature_info
-    strides = [stage["reduction"] for stage in info]
-    count, plain = len(info), len(set(strides)) == 1
-    wanted = [count * (i + 1) // 4 - 1 for i in range(4)] if plain else range(count - 4, count)
-    if head == "fcn":
-        wanted = [count - 1]
-    channels = [info[i]["num_chs"] for i in wanted]
-    file = {"fcn": "linear_plain", "upernet": f"upernet_{'plain' if plain else 'pyramid'}"}[head]
-    cfg = Config.fromfile(ROOT / "configs" / "_base_" / "models" / f"{file}.py")
-    cpu_safe_config(cfg)
-    model = cfg.model
-    model.backbone.update(model_name=name, out_indices=tuple(wanted), **adapted)
-    model.decode_head.num_classes = CLASSES
-    if head == "fcn":
-        model.decode_head.update(in_channels=channels[0], channels=channels[0])
-    else:
-        model.decode_head.in_channels = channels
-        model.auxiliary_head.update(in_channels=channels[2], num_classes=CLASSES)
-        if plain:
-            rescales = [strides[0] / stride for stride in (4, 8, 16, 32)]
-            model.neck.update(embed_dim=channels[0], rescales=rescales)
-    init_default_scope("mmseg")
-    return REGISTRY.build(model)
-
-
-def build(setting: Setting) -> nn.Module:
-    """The model of a row, on the CPU."""
-    if setting.head == "none":
-        return backbone(setting.model, setting.hw)[0]
-    return with_head(setting.model, setting.hw, setting.head)
-
-
-def pass_of(setting: Setting, model: nn.Module) -> Call:
-    """The call that a row measures, its model moved to where and what it computes in."""
-    device = torch.device(setting.device)
-    dtype = DTYPES[setting.precision]
-    training = setting.task == TRAINING
-    model.to(device=device, dtype=torch.float32 if training else dtype).train(training)
-    x = torch.randn(setting.batch, 3, *setting.hw, device=device)
-    run = torch.compile(model) if setting.compiled else model
-    if not training:
-        x = x.to(dtype)
-        return torch.inference_mode()(lambda: run(x))
-    arguments = _labels(setting, model) if setting.head != "none" else ()
-
-    def step() -> None:
-        model.zero_grad(set_to_none=False)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            out = run(x, *arguments)
-            if isinstance(out, dict):  # the losses of an mmseg model, beside its accuracies
-                out = [value for key, value in out.items() if "loss" in key]
-            loss = sum(leaf.float().square().mean() for leaf in tree_leaves(out))
-        loss.backward()
-
-    step()  # the gradients are there before memory is measured
-    return step
-
-
-def _labels(setting: Setting, model: nn.Module) -> tuple[Any, str]:
-    from mmengine.structures import PixelData
-    from mmseg.structures import SegDataSample
-
-    for name, module in model.named_modules():
-        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if is_norm and not name.startswith("backbone."):
-            module.eval()
-    samples = []
-    for _ in range(setting.batch):
-        labels = torch.randint(CLASSES, (1, *setting.hw), device=setting.device)
-        samples.append(SegDataSample(gt_sem_seg=PixelData(data=labels)))
-    return samples, "loss"
 
 
 # --- one row alone -------------------------------------------------------------------------------
@@ -284,6 +154,7 @@ def examine(setting: Setting, limit_gib: float | None) -> Row:
         limit_gib: memory that a pass may take beyond the model, GiB.
     """
     device = torch.device(setting.device)
+    return_freed_memory()
     with threads(setting.threads):
         model = build(setting)
         if limit_gib is not None:
@@ -331,6 +202,11 @@ def time_together(settings: list[Setting], seconds: float) -> list[Row]:
 # --- processes -----------------------------------------------------------------------------------
 
 
+# How a process ends without memory: killed by the system, or by C code that did not look whether it
+# got what it asked for.
+_OUT_OF_MEMORY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)
+
+
 def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     score = Path("/proc/self/oom_score_adj")
     if score.exists():
@@ -367,7 +243,7 @@ def apart(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | Non
         process.join()
         code = process.exitcode or 0
         name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        likely = ", most likely out of memory" if code == -signal.SIGKILL else ""
+        likely = ", most likely out of memory" if -code in _OUT_OF_MEMORY else ""
         return None, f"its process ended by {name}{likely}"
     process.join()
     return result, reason

@@ -39,7 +39,7 @@ _TRIALS = 5
 # Below this the host's launches hide what a GPU kernel takes.
 _GRAPH_BELOW_MS = 0.1
 # Options of glibc's mallopt.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _PACKAGES = ("triton", "timm", "mmengine")
 
 
@@ -103,9 +103,22 @@ def keep_freed_memory() -> None:
     Else a call that frees more than it needs again at once pays for fresh pages every time, which
     on a virtual machine can cost ten times the arithmetic, and competitors pay by chance.
     """
+    _set_allocator({_TRIM_THRESHOLD: -1, _MMAP_MAX: 0})
+
+
+def return_freed_memory() -> None:
+    """Let the GNU allocator give back at once what is freed, from 64 KiB on.
+
+    Else what it keeps depends on the order of earlier calls and adds up to half to the memory that
+    `extra_bytes` finds, by chance.
+    """
+    _set_allocator({_MMAP_THRESHOLD: 1 << 16})
+
+
+def _set_allocator(options: Mapping[int, int]) -> None:
     if platform.libc_ver()[0] == "glibc":
         allocator = ctypes.CDLL(None)
-        for option, value in ((_TRIM_THRESHOLD, -1), (_MMAP_MAX, 0)):
+        for option, value in options.items():
             if not allocator.mallopt(option, value):
                 raise RuntimeError(f"mallopt({option}, {value}) was refused")
 

@@ -1,5 +1,6 @@
 """The benchmark over resolution on tiny models: its rows, resuming, reasons, crossovers, errors."""
 
+import faulthandler
 import importlib
 import json
 import math
@@ -15,6 +16,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+CLASSES = 150
 TINY = ["--models", "test_vit", "test_convnext", "--sizes", "64", "64x96", "--seconds", "0.01"]
 EXPONENTS = st.floats(0.25, 3)
 FACTORS = st.floats(0.01, 100)
@@ -146,6 +148,11 @@ def _killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _segmentation_fault() -> None:
+    faulthandler.disable()
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 def test_memory_is_limited_and_a_killed_process_leaves_words(
     highres: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,9 +162,39 @@ def test_memory_is_limited_and_a_killed_process_leaves_words(
     monkeypatch.setattr(highres.multiprocessing, "get_context", lambda method: fork)
     assert highres.apart(math.sqrt, 4) == (2.0, None)
     assert highres.apart(_killed)[1] == "its process ended by SIGKILL, most likely out of memory"
+    reason = highres.apart(_segmentation_fault)[1]
+    assert reason == "its process ended by SIGSEGV, most likely out of memory"
     result, reason = highres.apart(_too_much)
     assert result is None
     assert reason.startswith("out of memory: RuntimeError: ")
+
+
+def _memory_of_a_call() -> tuple[int, int]:
+    """Extra bytes of a call, and those of its tensor, in a heap with holes."""
+    measure = importlib.import_module("benchmarks.measure")
+    measure.return_freed_memory()
+    cpu = torch.device("cpu")
+    x = torch.ones(16, 1 << 18)  # 16 MiB
+    pieces = [torch.ones(1 << 18) for _ in range(64)]
+    del pieces[::2]
+
+    def call() -> torch.Tensor:
+        return x * 2 + x * 3 - x * 4
+
+    call()  # what a first call alone takes is no part of it
+    return measure.extra_bytes(call, cpu), x.nbytes
+
+
+def test_memory_is_what_a_call_holds_at_once(
+    highres: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork = highres.multiprocessing.get_context("fork")
+    monkeypatch.setattr(fork, "set_forkserver_preload", lambda names: None)
+    monkeypatch.setattr(highres.multiprocessing, "get_context", lambda method: fork)
+    (found, unit), reason = highres.apart(_memory_of_a_call)
+    assert reason is None
+    # Two are held while the third comes; the result is not counted.
+    assert found == pytest.approx(2 * unit, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
@@ -168,7 +205,7 @@ def test_heads_and_training_steps(highres: ModuleType, name: str, head: str) -> 
     out = highres.pass_of(setting, model)()
     if head != "none":
         stride = 4 if head == "upernet" else model.backbone.strides[0]
-        assert out.shape == (1, highres.CLASSES, 64 // stride, 96 // stride)
+        assert out.shape == (1, CLASSES, 64 // stride, 96 // stride)
     training = highres.Setting(name, 64, 96, highres.TRAINING, head)
     highres.pass_of(training, model)()
     assert all(p.grad is not None for p in model.parameters())
