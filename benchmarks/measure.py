@@ -109,10 +109,10 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Let the GNU allocator give back at once what is freed, from 64 KiB on.
 
-    Else what it keeps depends on the order of earlier calls and adds up to half to the memory that
-    `extra_bytes` finds, by chance.
+    Else what it keeps depends on the order of earlier calls, `keep_freed_memory` among them, and
+    adds up to half to the memory that `extra_bytes` finds, by chance.
     """
-    _set_allocator({_MMAP_THRESHOLD: 1 << 16})
+    _set_allocator({_TRIM_THRESHOLD: 0, _MMAP_MAX: 1 << 16, _MMAP_THRESHOLD: 1 << 16})
 
 
 def _set_allocator(options: Mapping[int, int]) -> None:
