@@ -15,8 +15,6 @@ from vision.kernels.seam import is_eager
 # The widest tensor of a part takes at most so many bytes: less costs calls, more costs memory. What
 # is no CPU wants many tokens at once.
 CHUNK_BYTES = {"cpu": 4 << 20, "*": 256 << 20}
-# From this share of it on there are two parts, which cost next to nothing yet.
-_HALVES_FROM = 0.15
 
 
 def chunk_count(x: Tensor, width: int) -> int:
@@ -29,8 +27,7 @@ def chunk_count(x: Tensor, width: int) -> int:
         return 1
     most = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["*"])
     tokens = x.shape[:-1].numel()
-    share = tokens * width * x.element_size() / most
-    return min(tokens, max(math.ceil(share), 1 + (share > _HALVES_FROM)))
+    return min(tokens, max(1, math.ceil(tokens * width * x.element_size() / most)))
 
 
 def by_chunks(function: Callable[[list[Tensor]], Tensor], width: int, x: list[Tensor]) -> Tensor:
