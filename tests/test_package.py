@@ -57,7 +57,7 @@ def test_every_folder_is_packaged() -> None:
 def test_ci_runs_the_commands_of_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    test_command = 'pip install -e ".[demo,test,dev]" && python -m pytest -n auto --dist worksteal'
+    test_command = 'pip install -e ".[demo,test,dev]" && python -m pytest -n auto --dist loadfile'
     assert test_command in readme
     install, test = (part.strip() for part in test_command.split("&&"))
     lines = [line.strip() for line in script.splitlines()]
