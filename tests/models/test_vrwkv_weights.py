@@ -1,6 +1,9 @@
 """Published checkpoints: every layout comes in, strictly, and through timm's own ways."""
 
 import math
+import pickle
+import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,8 @@ import timm
 import timm.models._hub
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from vision.models.checkpoint import CheckpointError, read_checkpoint, write_weights
@@ -336,6 +341,17 @@ def test_truncated_checkpoint_says_so(tmp_path: Path, suffix: str) -> None:
         cut.write_bytes(whole.read_bytes()[: math.floor(whole.stat().st_size * share)])
         with pytest.raises(CheckpointError, match=r"truncated|not a checkpoint|damaged"):
             read_checkpoint(cut)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.binary(max_size=40) | st.integers().map(pickle.dumps) | st.text(max_size=9).map(repr))
+@example(b"junk\n")
+def test_any_other_file_is_no_checkpoint(content: bytes | str) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
+        file.flush()
+        with pytest.raises(CheckpointError, match=re.escape(file.name)):
+            read_checkpoint(file.name)
 
 
 def test_missing_checkpoint_lists_what_is_there(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import difflib
 import math
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,19 @@ class CheckpointError(RuntimeError):
 
 # Where the weights lie in files of timm, mmengine and facebookresearch/mae.
 _CONTAINERS = ("state_dict", "model")
+# What torch's reader raises for bytes that are no checkpoint.
+_UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+)
 _SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
 _NEXT = (
     "copy or download it again, or take the checkpoint before it (--resume without a path finds "
@@ -72,8 +86,13 @@ def read_checkpoint(
             content = torch.load(
                 path, map_location=map_location, weights_only=True, mmap=mmap and archive
             )
-    except (pickle.UnpicklingError, EOFError) as error:
-        if archive or head[:1] == pickle.PROTO:  # a whole archive, or a bare pickle
+    except _UNREADABLE as error:
+        if archive and isinstance(error, RuntimeError):
+            if "PytorchStreamReader" in str(error) or "storage has wrong byte size" in str(error):
+                raise CheckpointError(f"{about} is damaged: {error}; {_NEXT}") from error
+            raise
+        # A whole archive, or a bare pickle.
+        if isinstance(error, pickle.UnpicklingError) and (archive or head[:1] == pickle.PROTO):
             raise CheckpointError(
                 f"{about} was not read: it names code, and a checkpoint is data only. Loading it "
                 "as torch did before 2.6 would run that code. If you trust its origin, convert it "
@@ -83,10 +102,6 @@ def read_checkpoint(
             f"{about} is not a checkpoint: it begins with {head!r}. A file of this kind is often "
             f"an error page or a pointer that a download left; {_NEXT} ({error})"
         ) from error
-    except RuntimeError as error:
-        if "PytorchStreamReader" in str(error) or "storage has wrong byte size" in str(error):
-            raise CheckpointError(f"{about} is damaged: {error}; {_NEXT}") from error
-        raise
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{about} holds a {type(content).__name__}, wanted a dictionary of parameters"
@@ -97,7 +112,8 @@ def read_checkpoint(
 def _refused(error: Exception) -> str:
     """What torch refused, without its advice to load the file all the same."""
     lines = [line for line in str(error).splitlines() if line and not line.startswith("Check the")]
-    return lines[-1].strip().removeprefix("WeightsUnpickler error: ").partition(" Please use")[0]
+    last = lines[-1] if lines else type(error).__name__
+    return last.strip().removeprefix("WeightsUnpickler error: ").partition(" Please use")[0]
 
 
 def _nearby(path: Path) -> str:
