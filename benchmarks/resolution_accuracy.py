@@ -20,7 +20,6 @@ not measured again.
 """
 
 import argparse
-import hashlib
 import sys
 import time
 from collections import defaultdict
@@ -38,8 +37,16 @@ from mmengine.config import Config, DictAction
 from torch import Tensor
 from tqdm import tqdm
 
+from vision.files import digest_of_file
 from vision.metrics.masks import boundary_dilation, mask_boundary
-from vision.mm.launch import ConfigError, merge_options
+from vision.mm.launch import (
+    ConfigError,
+    check_data,
+    check_keys,
+    errors_without_traceback,
+    merge_options,
+)
+from vision.mm.reading import read_run_checkpoint
 
 IGNORED = 255
 # Limits of the square root of an object's area in pixels, and their names in the rows.
@@ -111,10 +118,11 @@ def test_config(path: Path, options: dict[str, Any], side: int, images: int | No
     """Return a config whose test images have a shorter side of so many pixels.
 
     Raises:
-        ConfigError: a config without a test set of labelled images.
+        ConfigError: a config without a test set of labelled images, or a key that nothing reads.
     """
     cfg = Config.fromfile(path)
     merge_options(cfg, options)
+    check_keys(cfg)
     dataset = cfg.get("test_dataloader", {}).get("dataset", {})
     if "pipeline" not in dataset:
         raise ConfigError(f"{path} has no test_dataloader.dataset.pipeline; wanted a segmentor's")
@@ -251,16 +259,20 @@ def main() -> None:
         for path in (config, checkpoint):
             if not Path(path).is_file():
                 sys.exit(f"error: no file {path}")
+    with errors_without_traceback():  # a look, before anything slow
+        for _, config, checkpoint in args.model:
+            check_data(
+                test_config(Path(config), args.cfg_options, args.sides[0], args.images), "test"
+            )
+            read_run_checkpoint(checkpoint, mmap=True)
     report = Report(args.out, environment(torch.device("cpu")))
     report.rows = read_rows(args.out) if args.out.exists() else []
     wanted = []
     for name, config, checkpoint, side, tile in settings(args):
-        with checkpoint.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         labels = {
             "model": name,
             "config": config.name,
-            "checkpoint": digest,
+            "checkpoint": digest_of_file(checkpoint),
             "side": side,
             "tile": tile,
             "limit": args.images,

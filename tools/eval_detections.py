@@ -10,7 +10,6 @@ After a stop, the same command goes on with the images that are left.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections import defaultdict
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from vision.data import ImageReadError
 from vision.data.coco_file import read_coco
 from vision.data.rle import encode_masks
-from vision.files import Journal, write_whole
+from vision.files import Journal, digest_of_file, write_whole
 from vision.metrics.coco_ap import check_results, mask_ap
 from vision.models.checkpoint import CheckpointError
 from vision.sam.model import create_sam, list_sams
@@ -63,7 +62,7 @@ def main() -> None:
         inputs = (args.checkpoint, args.detections)
         journal = Journal(
             args.out.with_name(f"{args.out.name}.part"),
-            {"model": args.model, "digests": [digest(path) for path in inputs]},
+            {"model": args.model, "digests": [digest_of_file(path) for path in inputs]},
         )
         with tqdm(total=len(detections), unit="box") as bar:
             for path, boxes in files.items():
@@ -124,12 +123,6 @@ def image_files(
             f"{len(missing)} of {len(groups)} images are not there: {', '.join(missing[:5])}"
         )
     return groups
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def predict_masks(

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import vision.mm  # noqa: F401 -- registers the zoo with mmengine
 from vision.data import ImageReadError, list_images, overlay, palette, read_image
 from vision.mm.inference import Predictor, top_classes
+from vision.mm.tiling import add_tile_arguments, tiles_of
 from vision.models.checkpoint import CheckpointError
 
 
@@ -39,17 +40,12 @@ def main() -> int:
     parser.add_argument("--out-dir", type=Path, default=Path("predictions"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--opacity", type=float, default=0.5, help="of the overlay, 0 to 1")
-    parser.add_argument("--tile", type=int, metavar="PX", help="segment in tiles of this side")
-    parser.add_argument(
-        "--overlap", type=int, metavar="PX", help="of tiles, at least (default: a quarter)"
-    )
+    add_tile_arguments(parser)
     args = parser.parse_args()
-    if args.overlap is not None and args.tile is None:
-        parser.error("--overlap is of tiles; give their side with --tile")
+    tiles = tiles_of(parser, args)
 
     try:
         files = [(root, f) for p in args.inputs for root, f in named_images(p)]
-        tiles = None if args.tile is None else (args.tile, args.overlap)
         predictor = Predictor(args.config, args.checkpoint, args.device, tiles)
     except (CheckpointError, FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -26,7 +26,7 @@ from vision.mm.launch import (
     load_config,
 )
 from vision.mm.reading import read_run_checkpoint
-from vision.mm.tiling import use_tiles
+from vision.mm.tiling import add_tile_arguments, tiles_of, use_tiles
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,14 +39,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the metrics to this JSON file")
     parser.add_argument("--show-dir", type=Path, help="write prediction pictures to this folder")
     parser.add_argument("--tta", action="store_true", help="test-time augmentation")
-    parser.add_argument("--tile", type=int, metavar="PX", help="segment in tiles of this side")
-    parser.add_argument(
-        "--overlap", type=int, metavar="PX", help="of tiles, at least (default: a quarter)"
-    )
+    add_tile_arguments(parser)
     args = parser.parse_args()
-    if args.overlap is not None and args.tile is None:
-        parser.error("--overlap is of tiles; give their side with --tile")
-    if args.tile is not None and args.tta:
+    args.tiles = tiles_of(parser, args)
+    if args.tiles is not None and args.tta:
         parser.error("--tta averages logits, which --tile does not keep; use one of the two")
     return args
 
@@ -67,8 +63,8 @@ def main() -> None:
         cfg = load_config(args)
         check_data(cfg, "test")
         read_run_checkpoint(args.checkpoint, mmap=True)  # a look, before anything slow
-        if args.tile is not None:
-            use_tiles(cfg.model, args.tile, args.overlap)
+        if args.tiles is not None:
+            use_tiles(cfg.model, *args.tiles)
     if args.tta:
         use_tta(cfg)
     if args.show_dir:

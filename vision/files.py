@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, whenever a process ends."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -41,6 +42,12 @@ def write_whole(path: str | Path, data: bytes | str) -> None:
     """Write bytes, or text as UTF-8, as `replacing` does."""
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def digest_of_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_leftovers(folder: str | Path) -> list[str]:

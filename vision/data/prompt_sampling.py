@@ -16,7 +16,7 @@ from vision.metrics import boundary_dilation, mask_boundary
 from .instances import boxes_of_masks
 
 POSITIVE, NEGATIVE, TOP_LEFT, BOTTOM_RIGHT, PADDING = 1, 0, 2, 3, -1
-_LOGIT = 6.0  # of a sure pixel in a mask prompt, as a trained decoder gives them
+SURE_LOGIT = 6.0  # of a sure pixel in a mask prompt, as a trained decoder gives them
 _MOST_JITTER = 20.0  # pixels; Segment Anything, arXiv:2304.02643, appendix A
 
 
@@ -126,8 +126,8 @@ def noisy_mask(
     beyond = F.pad(share, (d, d, d, d), mode="replicate")[0] > 0.5
     near = mask_boundary(beyond, d) | mask_boundary(~beyond, d)
     small, uncertain = (x[:, d:-d, d:-d] for x in (beyond, near))
-    logits = small.float() * 2 * _LOGIT - _LOGIT
-    noise = torch.randn(logits.shape, generator=generator) * _LOGIT
+    logits = small.float() * 2 * SURE_LOGIT - SURE_LOGIT
+    noise = torch.randn(logits.shape, generator=generator) * SURE_LOGIT
     return torch.where(uncertain, noise, logits)
 
 

@@ -1,5 +1,6 @@
 """A segmentor that predicts large images tile by tile, in memory that does not grow with them."""
 
+import argparse
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,28 @@ from .launch import ConfigError
 
 # Smallest side that a pyramid with a stride of 32 px can be built on.
 SMALLEST_TILE = 32
+
+
+def add_tile_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --tile and --overlap."""
+    parser.add_argument("--tile", type=int, metavar="PX", help="segment in tiles of this side")
+    parser.add_argument(
+        "--overlap", type=int, metavar="PX", help="of tiles, at least (default: a quarter)"
+    )
+
+
+def tiles_of(
+    parser: argparse.ArgumentParser, args: argparse.Namespace
+) -> tuple[int, int | None] | None:
+    """Return side and overlap that `add_tile_arguments` asked for, None without tiles.
+
+    Ends the program with a message where there is an overlap of no tiles.
+    """
+    if args.tile is not None:
+        return args.tile, args.overlap
+    if args.overlap is not None:
+        parser.error("--overlap is of tiles; give their side with --tile")
+    return None
 
 
 def use_tiles(model: Any, tile: int, overlap: int | None = None) -> None:

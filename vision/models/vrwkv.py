@@ -9,7 +9,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,7 @@ from vision.layers.pos_embed import resample_pos_embed
 
 from .checkpoint import (
     check_names,
+    fetching,
     fit_pos_embed,
     rename,
     split_prefix,
@@ -471,34 +472,16 @@ def create_vrwkv(
     """
     if pretrained:
         kwargs = with_weights_of_file(kwargs)
-    build = partial(
-        build_model_with_cfg,
-        VisionRWKV,
-        variant,
-        pretrained,
-        pretrained_filter_fn=lambda state, model: _filled(filter_fn(state, model), model),
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **kwargs,
-    )
-    if not pretrained:
-        return build()
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return build()
-    except (
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        HfHubHTTPError,
-        ConnectionError,
-    ) as error:
-        raise RuntimeError(
-            f"could not fetch the published weights of {variant} from the hub (no network?). On a "
-            "machine that has one, download the file named in model.pretrained_cfg from "
-            "https://huggingface.co/OpenGVLab/Vision-RWKV, then pass its path: "
-            f"timm.create_model({variant!r}, pretrained=True, "
-            "pretrained_cfg_overlay=dict(file='path/to/file.pth'))"
-        ) from error
+    page = "https://huggingface.co/OpenGVLab/Vision-RWKV"
+    with fetching(variant, page) if pretrained else nullcontext():
+        return build_model_with_cfg(
+            VisionRWKV,
+            variant,
+            pretrained,
+            pretrained_filter_fn=lambda state, model: _filled(filter_fn(state, model), model),
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            **kwargs,
+        )
 
 
 @register_model

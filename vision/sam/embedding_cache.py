@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vision.files import remove_leftovers, write_whole
+from vision.files import digest_of_file, remove_leftovers, write_whole
 from vision.models.checkpoint import listing
 
 from .teachers import unpadded_cells
@@ -60,9 +60,7 @@ def _damage(folder: Path, index: Mapping[str, Any], shard: int) -> str | None:
     path = _shard_path(folder, shard)
     if not path.is_file():
         return f"{path} is missing"
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != index["shards"][str(shard)]["sha256"]:
+    if digest_of_file(path) != index["shards"][str(shard)]["sha256"]:
         return f"{path} is damaged: its checksum is not that of the index"
     return None
 

@@ -6,10 +6,11 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from vision.data.prompt_sampling import SURE_LOGIT
+
 # Rows of the label embedding; a padding point (label -1) takes the last one.
 BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT, NOT_A_POINT = range(5)
-# Of a sure pixel in a mask prompt, as a trained decoder gives them; pixels of a prompt mask's cell.
-SURE_LOGIT, CELL = 6.0, 4
+CELL = 4  # side in pixels of what one logit of a mask prompt stands for
 
 
 class PositionEmbedding(nn.Module):
@@ -106,20 +107,19 @@ class PromptEncoder(nn.Module):
         corners, too.
         """
         nothing = self.no_mask_embed.view(1, -1, 1, 1)
-        given = with_mask
-        if self.dense_boxes and points is not None and (masks is None or with_mask is not None):
+        every_mask = masks is not None and with_mask is None
+        if self.dense_boxes and points is not None and not every_mask:
             drawn, boxed = filled_boxes(*points, size)
-            if masks is None or with_mask is None:
-                masks, given = drawn, boxed
-            else:
-                masks = torch.where(with_mask.view(-1, 1, 1, 1), masks, drawn.to(masks))
-                given = with_mask | boxed
+            if masks is not None and with_mask is not None:
+                drawn = torch.where(with_mask.view(-1, 1, 1, 1), masks, drawn.to(masks))
+                boxed = boxed | with_mask
+            masks, with_mask = drawn, boxed
         if masks is None:
             return nothing
         embedded = self.mask_downscaling(masks.to(self.no_mask_embed.dtype))
-        return (
-            embedded if given is None else torch.where(given.view(-1, 1, 1, 1), embedded, nothing)
-        )
+        if with_mask is None:
+            return embedded
+        return torch.where(with_mask.view(-1, 1, 1, 1), embedded, nothing)
 
     def forward(
         self,
