@@ -155,14 +155,19 @@ class HostTimer:
     def prepare(self, case: Case, call: Call) -> Callable[[], float]:
         """Return a function that takes one sample, milliseconds a call."""
         once = self._time(call, 1)
-        if once < _SHORT_MS:  # the first calls of a short one are no measure of it
+        short = once < _SHORT_MS
+        if short:  # the first calls of a short one are no measure of it
             once = min(self._time(call, 1) for _ in range(_TRIALS))
         number = max(1, math.ceil(_SAMPLE_MS / max(once, 1e-4)))
-        return lambda: self._time(call, number)
+
+        def sample() -> float:
+            if short:  # what the competitor before left in the caches is not its cost
+                call()
+            return self._time(call, number)
+
+        return sample
 
     def _time(self, call: Call, number: int) -> float:
-        if number > 1:  # what the competitor before left in the caches is not its cost
-            call()
         start = self._read()
         for _ in range(number):
             call()
