@@ -32,7 +32,7 @@ class CpuKernelError(RuntimeError):
 
 # The calls of cpu.h: packing bytes takes a tenth of the time of filling a ctypes.Structure, which
 # for a small image is as long as the work. Fields that are left out are null.
-_BI_WKV = struct.Struct("@i3q18q2q88x")
+_BI_WKV = struct.Struct("@i3q18q104x")
 _SHIFT_MIX = struct.Struct("@2i5q5qq3q3q8q")
 _GATE = struct.Struct("@i6q")
 MOST_MIXED = 8
@@ -50,7 +50,6 @@ def bi_wkv_call(
     v: Tensor,
     y: Tensor,
     gradients: Sequence[Tensor] = (),
-    sums: Tensor | None = None,
 ) -> bytes:
     """Pack `bi_wkv_call` of cpu.h.
 
@@ -59,11 +58,9 @@ def bi_wkv_call(
         v: values, of the same dtype as k.
         y: the output.
         gradients: of the output, the keys and the values.
-        sums: room for partial gradients of w and of u, float64 (2, parts * B, C).
     """
     given = [rows(x) for x in gradients] or [_NOTHING] * 3
-    pointers = (0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())
-    fields = itertools.chain(rows(k), rows(v), rows(y), *given, pointers)
+    fields = itertools.chain(rows(k), rows(v), rows(y), *given)
     return _BI_WKV.pack(DTYPE_CODES[k.dtype], *k.shape, *fields)
 
 
@@ -126,8 +123,8 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "vision_cpu_use": (c_int, [c_char_p]),
     "vision_cpu_source": (c_char_p, []),
     "vision_bi_wkv_parts": (c_int64, [c_int64, c_int64, c_int64, c_int]),
-    "vision_bi_wkv": (c_int, [c_char_p, c_void_p, c_void_p, c_int, c_int64]),
-    "vision_bi_wkv_grads": (c_int, [c_char_p, *[c_void_p] * 4, c_int, c_int64]),
+    "vision_bi_wkv": (c_int, [c_char_p, *[c_void_p] * 3, c_int64, c_int, c_int64]),
+    "vision_bi_wkv_grads": (c_int, [c_char_p, *[c_void_p] * 5, c_int64, c_int, c_int64]),
     "vision_shift_mix_parts": (c_int64, [c_char_p]),
     "vision_shift_mix": (c_int, [c_char_p, c_int]),
     "vision_shift_mix_grads": (c_int, [c_char_p, c_void_p, c_int]),
@@ -222,8 +219,11 @@ def threads_for(elements: int) -> int:
 
 def common_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype to hand over: that of all tensors, float32 if they differ."""
-    dtypes = {x.dtype for x in tensors}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+    first = tensors[0].dtype
+    for x in tensors:
+        if x.dtype is not first:
+            return torch.float32
+    return first
 
 
 def side_by_side(x: Tensor, dtype: torch.dtype) -> Tensor:

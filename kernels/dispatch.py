@@ -51,6 +51,8 @@ class Backend:
         backward: takes the operator's tensors, the output where the operator saves it, the gradient
             of the output and the settings; returns the gradient of every tensor. It may not rely on
             anything else from `forward`.
+        keeping: as `forward`, returns the output and a tensor that spares `backward` work, which
+            takes it as `kept`, or does without it.
         probe: None if the backend runs on this device, else the reason and the cure in a phrase.
             Called at the first need and remembered per device: it may look for a compiler.
         dtypes: dtypes of computation that are served (`None`: all).
@@ -61,6 +63,7 @@ class Backend:
     backward: Callable[..., tuple[Tensor, ...]]
     probe: Callable[[torch.device], str | None] = _always
     dtypes: frozenset[torch.dtype] | None = None
+    keeping: Callable[..., tuple[Any, Tensor]] | None = None
 
 
 @dataclass(frozen=True)

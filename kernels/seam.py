@@ -32,6 +32,7 @@ def check_tensors(op: str, tensors: Mapping[str, Tensor]) -> None:
         TypeError: an argument is not a floating point tensor of 16, 32 or 64 bits.
         ValueError: they are on several devices.
     """
+    device, several = None, False
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{op} needs a tensor for {name}, got {type(x).__name__}")
@@ -40,10 +41,11 @@ def check_tensors(op: str, tensors: Mapping[str, Tensor]) -> None:
                 f"{op} needs {name} in float32, float64, bfloat16 or float16, got {x.dtype}; "
                 f"convert it, for example with {name}.float()"
             )
-    if len({x.device for x in tensors.values()}) == 1:
+        several = several or x.device != (device or x.device)
+        device = x.device
+    if not several:
         return
     *_, last = tensors
-    device = tensors[last].device
     for name, x in tensors.items():
         if x.device != device:
             raise ValueError(
@@ -54,16 +56,21 @@ def check_tensors(op: str, tensors: Mapping[str, Tensor]) -> None:
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype an operator computes in: float64 if an input is float64, else float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    for x in tensors:  # a generator would take twice the time, which small operators feel
+        if x.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def is_eager(*tensors: Tensor) -> bool:
     """Say whether these are plain tensors and nothing traces or watches the operators on them."""
+    for x in tensors:
+        if type(x) not in _PLAIN:
+            return False
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and _get_current_dispatch_mode() is None
-        and all(type(x) in _PLAIN for x in tensors)
     )
 
 
@@ -121,7 +128,11 @@ def _needs_graph(tensors: Sequence[Tensor]) -> bool:
     """Say whether derivatives may be asked for, also in forward mode, which is then refused."""
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                return True
+    return False
 
 
 class _Eager(torch.autograd.Function):
@@ -129,9 +140,14 @@ class _Eager(torch.autograd.Function):
     def forward(
         ctx: Any, seam: Seam, serving: Backend, settings: Sequence[Any], *tensors: Tensor
     ) -> Any:
-        ctx.call = seam, serving, settings
-        output = seam.contiguous(serving.forward(*tensors, *settings))
-        ctx.save_for_backward(*tensors, *[output] * seam.saves_output)
+        kept: Sequence[Tensor] = ()
+        if serving.keeping is None:
+            output = serving.forward(*tensors, *settings)
+        else:
+            output, *kept = serving.keeping(*tensors, *settings)
+        output = seam.contiguous(output)
+        ctx.call = seam, serving, settings, len(kept)
+        ctx.save_for_backward(*tensors, *[output] * seam.saves_output, *kept)
         return tuple(output) if seam.several else output
 
     @staticmethod
@@ -142,9 +158,12 @@ class _Eager(torch.autograd.Function):
 
 
 def _run_backward(call: tuple[Any, ...], outputs: int, *tensors: Tensor) -> Any:
-    seam, serving, settings = call
+    seam, serving, settings, keeps = call
     saved, grads = tensors[:-outputs], tensors[-outputs:]
-    return serving.backward(*saved, *([grads] if seam.several else grads), *settings)
+    given: Sequence[Any] = [grads] if seam.several else grads
+    if keeps:
+        return serving.backward(*saved[:-1], *given, *settings, kept=saved[-1])
+    return serving.backward(*saved, *given, *settings)
 
 
 class _EagerBackward(torch.autograd.Function):

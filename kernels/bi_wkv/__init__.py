@@ -16,7 +16,14 @@ __all__ = ["OPERATOR", "bi_wkv"]
 OPERATOR = Operator(
     "bi_wkv",
     [
-        Backend("cpu", cpu.forward, cpu.backward, kernels_cpu.probe, kernels_cpu.DTYPES),
+        Backend(
+            "cpu",
+            cpu.forward,
+            cpu.backward,
+            kernels_cpu.probe,
+            kernels_cpu.DTYPES,
+            keeping=cpu.keeping,
+        ),
         Backend("cuda", cuda.forward, cuda.backward, cuda.probe, cuda.DTYPES),
         Backend(
             "triton",

@@ -10,6 +10,8 @@ from .. import cpu
 from . import scan
 
 _GROWS = 1  # what the library returns for weights whose gradient float32 cannot hold
+# What the library keeps: bytes in front, and for each segment of a channel; tokens of a segment.
+_HEAD, _KEPT, _SEGMENT = 64, 28, 64
 
 
 def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -24,23 +26,54 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         (B, T, C), contiguous, in v's dtype.
     """
+    return _forward(w, u, k, v, kept=None)
+
+
+def keeping(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute Bi-WKV, and keep what enters each segment for `backward`.
+
+    Args:
+        w: decay per token, (C,).
+        u: bonus of the token itself, (C,).
+        k: keys, (B, T, C).
+        v: values, (B, T, C).
+
+    Returns:
+        What `forward` returns, and 28 bytes for 64 tokens of a channel.
+    """
+    batch, tokens, channels = k.shape
+    vectors = -(-channels // cpu.LANES)
+    size = _HEAD + _KEPT * batch * -(-tokens // _SEGMENT) * vectors * cpu.LANES
+    kept = torch.empty(size, dtype=torch.uint8)
+    return _forward(w, u, k, v, kept=kept), kept
+
+
+def _forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, kept: Tensor | None) -> Tensor:
     channels = k.shape[2]
     if channels < cpu.LANES:
-        return forward(*(_widen(x) for x in (w, u, k, v)))[..., :channels]
+        return _forward(*(_widen(x) for x in (w, u, k, v)), kept=kept)[..., :channels]
     dtype = cpu.common_dtype(k, v)
     wide_w, wide_u = cpu.wide(w), cpu.wide(u)
     keys, values = cpu.side_by_side(k, dtype), cpu.side_by_side(v, dtype)
     y = torch.empty_like(values, memory_format=torch.contiguous_format)
     library = cpu.library()
-    threads, parts = _parts(library, k)
     call = cpu.bi_wkv_call(keys, values, y)
-    status = library.vision_bi_wkv(call, wide_w.data_ptr(), wide_u.data_ptr(), threads, parts)
+    status = library.vision_bi_wkv(
+        call, wide_w.data_ptr(), wide_u.data_ptr(), *_memory(kept), *_parts(library, k)
+    )
     cpu.check(status, "bi_wkv")
     return y if dtype == v.dtype else y.to(v.dtype)
 
 
 def backward(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor, gy: Tensor
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    gy: Tensor,
+    *,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of Bi-WKV.
 
@@ -51,6 +84,7 @@ def backward(
         v: values, (B, T, C).
         y: the output, (B, T, C); computed again where it was rounded to 16 bits.
         gy: gradient of the output, (B, T, C).
+        kept: what `keeping` gave with y; computed again without it.
 
     Returns:
         Gradients of w, u, k, v, each in its input's dtype. Where the weights grow with the
@@ -59,7 +93,7 @@ def backward(
     """
     channels = k.shape[2]
     if channels < cpu.LANES:
-        padded = backward(*(_widen(x) for x in (w, u, k, v, y, gy)))
+        padded = backward(*(_widen(x) for x in (w, u, k, v, y, gy)), kept=kept)
         gw, gu, gk, gv = (grad[..., :channels] for grad in padded)
         return gw, gu, gk, gv
     dtype = cpu.common_dtype(k, v, gy)
@@ -68,19 +102,23 @@ def backward(
     gk, gv = torch.empty(k.shape, dtype=dtype), torch.empty(v.shape, dtype=dtype)
     library = cpu.library()
     threads, parts = _parts(library, k)
-    partial = torch.empty(2, parts * k.shape[0], channels, dtype=torch.float64)
-    gw, gu = (torch.empty(channels, dtype=torch.float32) for _ in range(2))
+    gw, gu = torch.empty_like(wide_w), torch.empty_like(wide_u)
     rounded = y.dtype != dtype
     result = forward(w, u, keys, values) if rounded else y
-    call = cpu.bi_wkv_call(keys, values, result, (grads, gk, gv), partial)
+    call = cpu.bi_wkv_call(keys, values, result, (grads, gk, gv))
     parameters = (x.data_ptr() for x in (wide_w, wide_u, gw, gu))
-    status = library.vision_bi_wkv_grads(call, *parameters, threads, parts)
+    status = library.vision_bi_wkv_grads(call, *parameters, *_memory(kept), threads, parts)
     if status == _GROWS:
         wide = scan.backward(w.double(), u.double(), k.double(), v.double(), y, gy.double())
         gw, gu, gk, gv = (g.to(x.dtype) for g, x in zip(wide, (w, u, k, v), strict=True))
         return gw, gu, gk, gv
     cpu.check(status, "bi_wkv")
     return gw.to(w.dtype), gu.to(u.dtype), gk.to(k.dtype), gv.to(v.dtype)
+
+
+def _memory(kept: Tensor | None) -> tuple[int, int]:
+    """Return where what is kept lies, and its bytes."""
+    return (0, 0) if kept is None else (kept.data_ptr(), kept.numel())
 
 
 def _parts(library: ctypes.CDLL, k: Tensor) -> tuple[int, int]:

@@ -119,49 +119,119 @@ static void fill_factors(bi_wkv_factors *of, float *room, const float *w, const 
     }
 }
 
-typedef void phase(const bi_wkv_call *, const bi_wkv_task *);
+/* A call made ready. */
+typedef struct {
+    bi_wkv_call call;
+    int64_t length, segments; /* tokens of a segment, and how many there are */
+    int64_t blocks, tasks;    /* of an item's channels, and items times these */
+    int64_t vectors, most_vectors; /* of an item, and of the largest task */
+    int64_t parts;
+    int threads;
+    float *factors;
+} plan;
 
-/* Run phases for every item and block of channels: whole tasks where they suffice for all threads,
-   else one phase at a time with the segments cut into parts. */
-static int run_phases(const bi_wkv_call *call, int64_t length, int threads, int64_t parts,
-                      phase *const *phases, int count) {
-    const kernels *with = serving();
+static int make_plan(plan *of, const bi_wkv_call *call, const float *w, const float *u,
+                     int threads, int64_t parts) {
+    int64_t length = segment_length(w, u, call->channels, call->tokens);
+    int64_t lanes = serving()->lanes;
     int64_t blocks = call->channels / TASK_CHANNELS ? call->channels / TASK_CHANNELS : 1;
-    int64_t tasks = call->batch * blocks, segments = (call->tokens + length - 1) / length;
-    int64_t most_channels = call->channels - (blocks - 1) * TASK_CHANNELS;
-    int64_t vectors = (most_channels + with->lanes - 1) / with->lanes;
-    int64_t size = segments * vectors * with->state_size;
-    int64_t states = parts > 1 ? tasks : threads < tasks ? threads : tasks;
-    char *state = aligned_alloc(64, (size_t)((size * states + 63) / 64 * 64));
-    if (!state) return -1;
-    int rounds = parts > 1 ? count : 1;
-    for (int round = 0; round < rounds; round++) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-        for (int64_t i = 0; i < tasks * parts; i++) {
-            int64_t task = i / parts, part = i % parts, block = task % blocks;
-            bi_wkv_task of = {
-                .item = task / blocks,
-                .first_channel = block * TASK_CHANNELS,
-                .end_channel = block + 1 < blocks ? (block + 1) * TASK_CHANNELS : call->channels,
-                .length = length,
-                .first_segment = segments * part / parts,
-                .end_segment = segments * (part + 1) / parts,
-                .segments = segments,
-                .part = part,
-                .state = state + size * (parts > 1 ? task : omp_get_thread_num()),
-            };
-            if (parts == 1)
-                for (int p = 0; p < count; p++) phases[p](call, &of);
-            else if (part == 0 || (phases[round] != with->bi_wkv_carry &&
-                                   phases[round] != with->bi_wkv_grad_carry))
-                phases[round](call, &of);
-        }
-    }
-    free(state);
+    int64_t vectors = (call->channels + lanes - 1) / lanes;
+    *of = (plan){
+        .call = *call,
+        .length = length,
+        .segments = (call->tokens + length - 1) / length,
+        .blocks = blocks,
+        .tasks = call->batch * blocks,
+        .vectors = vectors,
+        .most_vectors = vectors - (blocks - 1) * (TASK_CHANNELS / lanes),
+        .parts = parts,
+        .threads = threads,
+        .factors = malloc((size_t)(FACTORS * call->channels) * sizeof(float)),
+    };
+    if (!of->factors) return -1;
+    of->call.parked = (rows){0};
+    fill_factors(&of->call.of, of->factors, w, u, call->channels, length);
     return 0;
 }
 
-/* Into how many parts the tokens are cut, which is the number of rows of partial gradients. */
+/* `results` is written by the last phase only: until then its memory can hold e^k in float32. */
+static void park_in(plan *of, rows results) {
+    int whole = of->call.channels % serving()->lanes == 0; /* overlapping vectors would meet them */
+    if (of->call.dtype == FLOAT32 && whole) of->call.parked = results;
+}
+
+/* Memory for the segments of every task, or of the task that each thread is at. */
+typedef struct {
+    char *data;
+    int64_t size; /* of a segment of `lanes` channels */
+    int all;
+} room;
+
+static int64_t bytes_of(const plan *of, int64_t size, int all) {
+    int64_t slots = of->threads < of->tasks ? of->threads : of->tasks;
+    return of->segments * size * (all ? of->call.batch * of->vectors : slots * of->most_vectors);
+}
+
+static room make_room(const plan *of, int64_t size, int all) {
+    size_t bytes = (size_t)((bytes_of(of, size, all) + 63) / 64 * 64);
+    return (room){aligned_alloc(64, bytes), size, all};
+}
+
+static void *place_in(const room *in, const plan *of, int64_t item, int64_t block) {
+    int64_t vector = omp_get_thread_num() * of->most_vectors;
+    if (in->all) vector = item * of->vectors + block * (TASK_CHANNELS / serving()->lanes);
+    return in->data + vector * of->segments * in->size;
+}
+
+typedef void phase(const bi_wkv_call *, const bi_wkv_task *);
+
+/* Run phases for every item and block of channels: whole tasks where they suffice for all threads,
+   else one phase at a time with the segments cut into parts, which needs room for all tasks. */
+static void run_phases(const plan *of, const room *state, const room *grads, phase *const *phases,
+                       int count) {
+    const kernels *with = serving();
+    int64_t parts = of->parts, channels = of->call.channels;
+    int rounds = parts > 1 ? count : 1;
+    for (int round = 0; round < rounds; round++) {
+#pragma omp parallel for num_threads(of->threads) schedule(static)
+        for (int64_t i = 0; i < of->tasks * parts; i++) {
+            int64_t task = i / parts, part = i % parts;
+            int64_t item = task / of->blocks, block = task % of->blocks;
+            bi_wkv_task at = {
+                .item = item,
+                .first_channel = block * TASK_CHANNELS,
+                .end_channel = block + 1 < of->blocks ? (block + 1) * TASK_CHANNELS : channels,
+                .length = of->length,
+                .first_segment = of->segments * part / parts,
+                .end_segment = of->segments * (part + 1) / parts,
+                .segments = of->segments,
+                .part = part,
+                .state = place_in(state, of, item, block),
+                .grads = grads ? place_in(grads, of, item, block) : NULL,
+            };
+            if (parts == 1)
+                for (int p = 0; p < count; p++) phases[p](&of->call, &at);
+            else if (part == 0 || (phases[round] != with->bi_wkv_carry &&
+                                   phases[round] != with->bi_wkv_grad_carry))
+                phases[round](&of->call, &at);
+        }
+    }
+}
+
+/* What a forward pass keeps for its backward pass: this, then the states of all tasks. */
+typedef struct {
+    int64_t lanes, length; /* the plan they belong to; no lanes: there are none */
+    char unused[48];
+} kept_head;
+
+/* Where the states are in `bytes` of memory of the caller; null if they have no room there. */
+static char *states_in(void *kept, int64_t bytes, const plan *of) {
+    int64_t needed = (int64_t)sizeof(kept_head) + bytes_of(of, serving()->state_size, 1);
+    return kept && (uintptr_t)kept % 64 == 0 && bytes >= needed ? (char *)kept + sizeof(kept_head)
+                                                                : NULL;
+}
+
+/* Into how many parts the tokens are cut. */
 EXPORT int64_t vision_bi_wkv_parts(int64_t batch, int64_t tokens, int64_t channels, int threads) {
     int64_t tasks = batch * (channels / TASK_CHANNELS ? channels / TASK_CHANNELS : 1);
     int64_t segments = (tokens + MOST_TOKENS - 1) / MOST_TOKENS;
@@ -170,27 +240,25 @@ EXPORT int64_t vision_bi_wkv_parts(int64_t batch, int64_t tokens, int64_t channe
     return parts < segments ? parts : segments;
 }
 
-/* `results` is written by the last phase only: until then its memory can hold e^k in float32. */
-static int run(const bi_wkv_call *given, rows results, const float *w, const float *u,
-               int threads, int64_t parts, phase *const *phases, int count) {
-    bi_wkv_call own = *given, *call = &own;
-    int whole = call->channels % serving()->lanes == 0; /* overlapping vectors would meet results */
-    call->parked = call->dtype == FLOAT32 && whole ? results : (rows){0};
-    int64_t length = segment_length(w, u, call->channels, call->tokens);
-    float *room = malloc((size_t)(FACTORS * call->channels) * sizeof(float));
-    if (!room) return -1;
-    fill_factors(&call->of, room, w, u, call->channels, length);
-    int failed = run_phases(call, length, threads, parts, phases, count);
-    free(room);
-    return failed;
-}
+/* y from k and v; w and u are (channels,), channels at least `lanes` of the widest set, 16.
 
-/* y from k and v; w and u are (channels,), channels at least `lanes` of the widest set, 16. */
-EXPORT int vision_bi_wkv(const bi_wkv_call *call, const float *w, const float *u, int threads,
-                         int64_t parts) {
+   `kept`, of `bytes`, which may be null: aligned memory for what the backward pass would otherwise
+   compute again, 64 bytes and 28 for each channel, up to a multiple of 16, of 64 tokens. */
+EXPORT int vision_bi_wkv(const bi_wkv_call *call, const float *w, const float *u, void *kept,
+                         int64_t bytes, int threads, int64_t parts) {
     const kernels *with = serving();
     phase *phases[] = {with->bi_wkv_summaries, with->bi_wkv_carry, with->bi_wkv_outputs};
-    return run(call, call->y, w, u, threads, parts, phases, 3);
+    plan of;
+    if (make_plan(&of, call, w, u, threads, parts)) return -1;
+    park_in(&of, call->y);
+    char *states = states_in(kept, bytes, &of);
+    if (kept) *(kept_head *)kept = (kept_head){.lanes = states ? with->lanes : 0, .length = of.length};
+    room state = states ? (room){states, with->state_size, 1}
+                        : make_room(&of, with->state_size, parts > 1);
+    if (state.data) run_phases(&of, &state, NULL, phases, 3);
+    if (!states) free(state.data);
+    free(of.factors);
+    return state.data ? 0 : -1;
 }
 
 /* Growth over all tokens, -w T, up to which float32 suffices for the gradient of w: beyond it that
@@ -205,21 +273,40 @@ static void sum_rows(float *total, const double *rows, int64_t count, int64_t ch
     }
 }
 
-/* gk, gv, gw and gu from k, v, gy and, in float32, y. Does nothing and returns 1 where the weights
-   grow too much for float32. */
+/* gk, gv, gw and gu from k, v, gy and, in float32, y; `kept` is what `vision_bi_wkv` left, or null.
+   Does nothing and returns 1 where the weights grow too much for float32. */
 EXPORT int vision_bi_wkv_grads(const bi_wkv_call *call, const float *w, const float *u,
-                               float *gw, float *gu, int threads, int64_t parts) {
+                               float *gw, float *gu, void *kept, int64_t bytes, int threads,
+                               int64_t parts) {
     for (int64_t c = 0; c < call->channels; c++)
         if (w[c] * (float)call->tokens < -most_growth) return 1;
     const kernels *with = serving();
-    phase *phases[] = {with->bi_wkv_summaries,      with->bi_wkv_carry,
-                       with->bi_wkv_grad_summaries, with->bi_wkv_grad_carry,
-                       with->bi_wkv_grads};
-    int failed = run(call, call->gk, w, u, threads, parts, phases, 5);
-    if (failed) return failed;
-    sum_rows(gw, call->gw, parts * call->batch, call->channels);
-    sum_rows(gu, call->gu, parts * call->batch, call->channels);
-    return 0;
+    phase *states_again[] = {with->bi_wkv_summaries, with->bi_wkv_carry};
+    phase *phases[] = {with->bi_wkv_grad_summaries, with->bi_wkv_grad_carry, with->bi_wkv_grads};
+    plan of;
+    if (make_plan(&of, call, w, u, threads, parts)) return -1;
+    char *states = states_in(kept, bytes, &of);
+    const kept_head *head = kept;
+    if (states && (head->lanes != with->lanes || head->length != of.length)) states = NULL;
+    room state = states ? (room){states, with->state_size, 1} : make_room(&of, with->state_size, 1);
+    room grads = make_room(&of, with->grads_size, parts > 1);
+    int64_t rows = parts * call->batch;
+    double *sums = malloc((size_t)(2 * rows * call->channels) * sizeof(double));
+    int failed = state.data && grads.data && sums ? 0 : -1;
+    if (!failed) {
+        of.call.gw = sums;
+        of.call.gu = sums + rows * call->channels;
+        if (!states) run_phases(&of, &state, NULL, states_again, 2);
+        park_in(&of, call->gk);
+        run_phases(&of, &state, &grads, phases, 3);
+        sum_rows(gw, of.call.gw, rows, call->channels);
+        sum_rows(gu, of.call.gu, rows, call->channels);
+    }
+    free(sums);
+    if (!states) free(state.data);
+    free(grads.data);
+    free(of.factors);
+    return failed;
 }
 
 /* --- shift_mix ----------------------------------------------------------------------------- */

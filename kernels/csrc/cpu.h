@@ -34,8 +34,8 @@ typedef struct {
     int32_t dtype;
     int64_t batch, tokens, channels;
     rows k, v, y, gy, gk, gv;
-    double *gw, *gu;           /* partial sums, (parts, batch, channels) */
     /* Filled in by the library, in its own copy: */
+    double *gw, *gu;           /* partial sums, (parts, batch, channels) */
     rows parked;               /* where e^k waits for the next phase; no data: nowhere */
     bi_wkv_factors of;
 } bi_wkv_call;
@@ -45,7 +45,7 @@ typedef struct {
     int64_t item, first_channel, end_channel;
     int64_t length, first_segment, end_segment, segments; /* of `length` tokens */
     int64_t part;              /* which row of partial sums is this one's */
-    void *state;               /* of all segments of these channels */
+    void *state, *grads;       /* of all segments of these channels; grads: in a backward pass */
 } bi_wkv_task;
 
 typedef struct {
@@ -65,7 +65,8 @@ typedef struct {
 
 typedef struct {
     int64_t lanes;
-    int64_t state_size;        /* bytes of bi_wkv_task.state for a segment of `lanes` channels */
+    /* Bytes of bi_wkv_task.state and .grads for a segment of `lanes` channels. */
+    int64_t state_size, grads_size;
     void (*bi_wkv_summaries)(const bi_wkv_call *, const bi_wkv_task *);
     void (*bi_wkv_carry)(const bi_wkv_call *, const bi_wkv_task *);
     void (*bi_wkv_outputs)(const bi_wkv_call *, const bi_wkv_task *);

@@ -1,6 +1,4 @@
 /* All CPU kernels for one instruction set. The including file defines LANES and TABLE. */
-#include <stddef.h>
-
 #include "cpu.h"
 #include "vector.h"
 
@@ -11,6 +9,7 @@
 const kernels TABLE = {
     .lanes = LANES,
     .state_size = sizeof(segment_state),
+    .grads_size = sizeof(both_sides),
     .bi_wkv_summaries = bi_wkv_summaries,
     .bi_wkv_carry = bi_wkv_carry,
     .bi_wkv_outputs = bi_wkv_outputs,

@@ -13,7 +13,8 @@ def forward(
 ) -> list[Tensor]:
     """Compute `shift_mix` (see there)."""
     tokens = cpu.side_by_side(x, x.dtype)
-    mixed = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(mu.shape[0])]
+    shape, dtype = x.shape, x.dtype
+    mixed = [torch.empty(shape, dtype=dtype) for _ in range(mu.shape[0])]
     proportions = cpu.wide(mu)
     call = cpu.shift_mix_call(tokens, proportions, (h, w), pixels, edges, mixed)
     status = cpu.library().vision_shift_mix(call, cpu.threads_for(x.numel()))

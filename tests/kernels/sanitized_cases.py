@@ -6,6 +6,7 @@ import sys
 import torch
 
 from vision.kernels import bi_wkv, cpu, gate, shift_mix
+from vision.kernels.bi_wkv import OPERATOR
 
 
 def main(path: str) -> None:
@@ -27,9 +28,14 @@ def main(path: str) -> None:
 
 def one_case(tokens: int, channels: int, dtype: torch.dtype) -> None:
     """Run the three operators and their backward passes."""
-    w, u = torch.randn(2, channels)
     k, v = (torch.randn(1, tokens, channels, dtype=dtype, requires_grad=True) for _ in range(2))
-    bi_wkv(w, u, k, v, backend="cpu").sum().backward()
+    for decay in (1.0, 1 / tokens):  # segments of few tokens, and of 64
+        w, u = decay * torch.randn(2, channels)
+        y = bi_wkv(w, u, k, v, backend="cpu")
+        y.sum().backward()
+        plain = OPERATOR.backends["cpu"]
+        with torch.no_grad():
+            plain.backward(w, u, k, v, plain.forward(w, u, k, v), torch.ones_like(v))
     gate(k, v, backend="cpu").sum().backward()
     edges = [channels * j // 4 for j in range(5)]
     mu = torch.rand(3, channels)

@@ -189,6 +189,71 @@ def test_gradients_of_parameters_are_the_same_every_time(threads: None) -> None:
         assert all(torch.equal(again[name], first_mu[name]) for name in first_mu)
 
 
+def _keep(inputs: dict[str, Tensor], grad: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return the arguments of a backward pass, and what the forward pass kept for it."""
+    y, kept = OPERATOR.backends["cpu"].keeping(*inputs.values())
+    return [*inputs.values(), y, grad], kept
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 197, 1), (3, 130, 24), (1, 64, 530), (1, 1, 16)])
+def test_what_the_forward_pass_keeps_spares_work_only(
+    kind: str, threads: None, shape: tuple[int, int, int], dtype: torch.dtype, count: int
+) -> None:
+    torch.set_num_threads(count)
+    inputs, grad = make(*shape, 3.0)
+    inputs = {n: x if n in "wu" else x.to(dtype) for n, x in inputs.items()}
+    arguments, kept = _keep(inputs, grad.to(dtype))
+    backward = OPERATOR.backends["cpu"].backward
+    expected = backward(*arguments)
+    again = (*backward(*arguments, kept=kept), *backward(*arguments, kept=kept))
+    assert all(torch.equal(a, b) for a, b in zip(again, expected * 2, strict=True))
+    kept[64:] = 255  # sums that are not a number: it is read
+    spoilt = backward(*arguments, kept=kept)
+    assert not all(torch.equal(a, b) for a, b in zip(spoilt, expected, strict=True))
+
+
+@pytest.mark.parametrize("how", ["short", "unaligned", "steep", "of another set"])
+def test_what_does_not_fit_is_not_kept(how: str) -> None:
+    inputs, grad = make(2, 100, 32, 3.0)
+    if how == "steep":
+        inputs["w"][3] = 2.0  # needs shorter segments, so more of them
+    arguments, kept = _keep(inputs, grad)
+    backward = OPERATOR.backends["cpu"].backward
+    expected = backward(*arguments)
+    if how == "short":
+        kept = kept[:-1]
+    elif how == "unaligned":
+        kept = torch.cat([kept, kept])[8:]
+    elif how == "steep":
+        kept[64:] = 255
+    else:
+        used = cpu.instruction_set()
+        cpu.use_instruction_set("generic")
+        assert used != "generic"
+        try:
+            _, kept = _keep(inputs, grad)
+        finally:
+            cpu.use_instruction_set(used)
+    found = backward(*arguments, kept=kept)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_training_step_keeps_what_its_backward_pass_takes() -> None:
+    inputs, _ = make(1, 70, 16, 3.0)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    saved: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        scan(*leaves)
+    assert [x.numel() for x in saved if x.dtype == torch.uint8] == [64 + 28 * 2 * 16]
+
+
 def test_float64_is_served_by_torch() -> None:
     inputs, _ = make(1, 9, 16, 3.0)
     wide = [x.double() for x in inputs.values()]

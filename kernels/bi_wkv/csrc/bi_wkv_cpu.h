@@ -5,7 +5,8 @@
      summaries  each segment alone: its sums as its right and as its left neighbour see them
      carry      over the segments: what enters each one from either side
      outputs    each segment with what enters it
-   The backward pass does the same once more with g = (gy, -gy y) / denominator in x's place.
+   The backward pass does the same with g = (gy, -gy y) / denominator in x's place, from what enters
+   each segment, which the forward pass may have kept.
 
    Block floating point keeps every w, u and k in range: e^k is m 2^n with an integer n, and the
    sums of a segment are floats times 2^E with an integer E of its own per channel. No logarithm is
@@ -19,16 +20,27 @@ typedef struct {
 } sums;
 
 typedef struct {
-    vi exponent; /* the largest n of e^k = m 2^n in the segment */
     sums left, right;
-    sums grad_left, grad_right;
+} both_sides;
+
+typedef struct {
+    both_sides of;
+    vi exponent; /* the largest n of e^k = m 2^n in the segment */
 } segment_state;
 
 #define NOTHING (-(1 << 28))
 
-INLINE segment_state *state_of(const bi_wkv_task *task, int64_t segment, int64_t block) {
+INLINE int64_t place_of(const bi_wkv_task *task, int64_t segment, int64_t block) {
     int64_t blocks = (task->end_channel - task->first_channel + LANES - 1) / LANES;
-    return (segment_state *)task->state + segment * blocks + block;
+    return segment * blocks + block;
+}
+
+INLINE segment_state *state_of(const bi_wkv_task *task, int64_t segment, int64_t block) {
+    return (segment_state *)task->state + place_of(task, segment, block);
+}
+
+INLINE both_sides *grads_of(const bi_wkv_task *task, int64_t segment, int64_t block) {
+    return (both_sides *)task->grads + place_of(task, segment, block);
 }
 
 /* The last block overlaps the one before it where the channels are no multiple of LANES. */
@@ -111,8 +123,8 @@ INLINE void add_token(summary *of, vf numerator, vf denominator, vf decay) {
     of->power *= decay;
 }
 
-INLINE void summarise(int dtype, int parks, const bi_wkv_call *call, const bi_wkv_task *task, int64_t c,
-                      int64_t begin, int64_t end, segment_state *state) {
+INLINE void summarise(int dtype, int parks, const bi_wkv_call *call, const bi_wkv_task *task,
+                      int64_t c, int64_t begin, int64_t end, segment_state *state) {
     column parked = column_of(&call->parked, task, c, begin, dtype);
     column k = column_of(&call->k, task, c, begin, dtype);
     column v = column_of(&call->v, task, c, begin, dtype);
@@ -129,9 +141,7 @@ INLINE void summarise(int dtype, int parks, const bi_wkv_call *call, const bi_wk
         if (parks) put(parked, i, e, dtype);
         add_token(&sum, e * take_ahead(v, i, dtype), e, decay);
     }
-    state->exponent = largest;
-    state->left = sum.left;
-    state->right = sum.right;
+    *state = (segment_state){{sum.left, sum.right}, largest};
 }
 
 INLINE void all_summaries(int dtype, int parks, const bi_wkv_call *call,
@@ -171,23 +181,26 @@ INLINE void enter(sums *carry, sums *own, vf m, vf low, vi n) {
     *carry = next;
 }
 
-/* What enters every segment: `left` and `right` are places of the two sums in segment_state. */
-INLINE void carry_on(const bi_wkv_call *call, const bi_wkv_task *task, int64_t left,
-                     int64_t right) {
+/* From the sums of every segment to what enters it: `first` are those of the first one and of the
+   first LANES channels, `size` bytes before the next ones. */
+INLINE void carry_on(const bi_wkv_call *call, const bi_wkv_task *task, void *first,
+                     int64_t size) {
     FOR_BLOCKS(task, block, c) {
         vf m = load_float(call->of.stride_m + c), low = load_float(call->of.stride_low + c);
         vi n = load_int(call->of.stride_n + c);
+        char *start = (char *)first + block * size;
+        int64_t step = place_of(task, 1, 0) * size;
         sums carry = {all_int(NOTHING), all(0), all(0)};
         for (int64_t s = 0; s < task->segments; s++)
-            enter(&carry, (sums *)((char *)state_of(task, s, block) + left), m, low, n);
+            enter(&carry, &((both_sides *)(start + s * step))->left, m, low, n);
         carry = (sums){all_int(NOTHING), all(0), all(0)};
         for (int64_t s = task->segments - 1; s >= 0; s--)
-            enter(&carry, (sums *)((char *)state_of(task, s, block) + right), m, low, n);
+            enter(&carry, &((both_sides *)(start + s * step))->right, m, low, n);
     }
 }
 
 static void bi_wkv_carry(const bi_wkv_call *call, const bi_wkv_task *task) {
-    carry_on(call, task, offsetof(segment_state, left), offsetof(segment_state, right));
+    carry_on(call, task, &state_of(task, 0, 0)->of, sizeof(segment_state));
 }
 
 /* What enters a segment, made ready for its tokens, which are times 2^own. The sums from the left
@@ -200,8 +213,8 @@ typedef struct {
     vf from_left, from_right, bonus;            /* bring both sides and a token to the total's */
 } entry;
 
-INLINE entry enter_segment(const bi_wkv_call *call, int64_t c, vi own, const sums *left,
-                           const sums *right) {
+INLINE entry enter_segment(const bi_wkv_call *call, int64_t c, vi own, const both_sides *of) {
+    const sums *left = &of->left, *right = &of->right;
     vi bonus = load_int(call->of.bonus_n + c);
     entry in;
     in.left_exponent = larger_int(left->exponent, own);
@@ -223,7 +236,8 @@ INLINE entry enter_segment(const bi_wkv_call *call, int64_t c, vi own, const sum
 }
 
 INLINE void output_segment(int dtype, int parks, const bi_wkv_call *call,
-                           const bi_wkv_task *task, int64_t c, int64_t begin, int64_t end, const segment_state *state) {
+                           const bi_wkv_task *task, int64_t c, int64_t begin, int64_t end,
+                           const segment_state *state) {
     vf e[MOST_TOKENS], ev[MOST_TOKENS], after_numerator[MOST_TOKENS],
         after_denominator[MOST_TOKENS];
     column k = column_of(&call->k, task, c, begin, dtype);
@@ -231,7 +245,7 @@ INLINE void output_segment(int dtype, int parks, const bi_wkv_call *call,
     column y = column_of(&call->y, task, c, begin, dtype);
     int64_t count = end - begin;
     vf decay = load_float(call->of.decay + c);
-    entry in = enter_segment(call, c, state->exponent, &state->left, &state->right);
+    entry in = enter_segment(call, c, state->exponent, &state->of);
     /* A segment of one token, which is where u may be large, meets no other token inside: it is
        weighed on its own scale, others on that of all that enters. */
     int alone = task->length == 1;
@@ -296,7 +310,7 @@ INLINE entry recompute(int dtype, const bi_wkv_call *call, const bi_wkv_task *ta
     column gy = column_of(&call->gy, task, c, begin, dtype);
     int64_t count = end - begin;
     vf decay = load_float(call->of.decay + c);
-    entry in = enter_segment(call, c, state->exponent, &state->left, &state->right);
+    entry in = enter_segment(call, c, state->exponent, &state->of);
     vf numerator = in.right_numerator, denominator = in.right_denominator;
     for (int64_t i = count - 1; i >= 0; i--) {
         vf e = weight(take_ahead(k, i, dtype), state->exponent);
@@ -323,21 +337,24 @@ INLINE entry recompute(int dtype, const bi_wkv_call *call, const bi_wkv_task *ta
     return in;
 }
 
-/* The sums of the gradients of numerator and denominator; the former are parked in gv. */
+/* The sums of the gradients of numerator and denominator; the former are parked in gv, and e^k
+   where gk will be. */
 INLINE summary park_grads(int dtype, const bi_wkv_call *call, const bi_wkv_task *task, int64_t c,
                           int64_t begin, int64_t end, const segment_state *state) {
+    column k = column_of(&call->k, task, c, begin, dtype);
     column parked = column_of(&call->parked, task, c, begin, dtype);
     column y = column_of(&call->y, task, c, begin, dtype);
     column gy = column_of(&call->gy, task, c, begin, dtype);
     column gv = column_of(&call->gv, task, c, begin, dtype);
     int64_t count = end - begin;
     vf decay = load_float(call->of.decay + c);
-    entry in = enter_segment(call, c, state->exponent, &state->left, &state->right);
+    entry in = enter_segment(call, c, state->exponent, &state->of);
     vf e[MOST_TOKENS], after[MOST_TOKENS];
     vf token = power_of_two(state->exponent - in.exponent);
     vf denominator = in.right_denominator * in.from_right;
     for (int64_t i = count - 1; i >= 0; i--) {
-        e[i] = take_ahead(parked, i, dtype);
+        e[i] = weight(take_ahead(k, i, dtype), state->exponent);
+        put(parked, i, e[i], dtype);
         after[i] = denominator + e[i] * in.bonus;
         denominator = denominator * decay + e[i] * token;
     }
@@ -366,12 +383,12 @@ INLINE summary summarise_recomputed(int dtype, const bi_wkv_call *call, const bi
 }
 
 INLINE void summarise_grads(int dtype, int parks, const bi_wkv_call *call,
-                            const bi_wkv_task *task, int64_t c, int64_t begin, int64_t end, segment_state *state) {
+                            const bi_wkv_task *task, int64_t c, int64_t begin, int64_t end,
+                            const segment_state *state, both_sides *grads) {
     summary sum = parks
                       ? park_grads(dtype, call, task, c, begin, end, state)
                       : summarise_recomputed(dtype, call, task, c, begin, end, state);
-    state->grad_left = sum.left;
-    state->grad_right = sum.right;
+    *grads = (both_sides){sum.left, sum.right};
 }
 
 INLINE void all_grad_summaries(int dtype, int parks, const bi_wkv_call *call,
@@ -380,7 +397,8 @@ INLINE void all_grad_summaries(int dtype, int parks, const bi_wkv_call *call,
         int64_t begin = s * task->length, end = begin + task->length;
         if (end > call->tokens) end = call->tokens;
         FOR_BLOCKS(task, block, c)
-            summarise_grads(dtype, parks, call, task, c, begin, end, state_of(task, s, block));
+            summarise_grads(dtype, parks, call, task, c, begin, end, state_of(task, s, block),
+                            grads_of(task, s, block));
     }
 }
 
@@ -393,7 +411,7 @@ static void bi_wkv_grad_summaries(const bi_wkv_call *call, const bi_wkv_task *ta
 }
 
 static void bi_wkv_grad_carry(const bi_wkv_call *call, const bi_wkv_task *task) {
-    carry_on(call, task, offsetof(segment_state, grad_left), offsetof(segment_state, grad_right));
+    carry_on(call, task, grads_of(task, 0, 0), sizeof(both_sides));
 }
 
 /* Add factor 2^n sum to LANES doubles. */
@@ -428,7 +446,7 @@ INLINE token_grads parked_token(column parked, column v, column gv, column y, in
 
 INLINE void grad_segment(int dtype, int parks, const bi_wkv_call *call, const bi_wkv_task *task,
                          int64_t c, int64_t begin, int64_t end, const segment_state *state,
-                         double *gw, double *gu) {
+                         const both_sides *entering, double *gw, double *gu) {
     segment_tokens of;
     column parked = column_of(&call->parked, task, c, begin, dtype);
     column v = column_of(&call->v, task, c, begin, dtype);
@@ -437,9 +455,9 @@ INLINE void grad_segment(int dtype, int parks, const bi_wkv_call *call, const bi
     column gv = column_of(&call->gv, task, c, begin, dtype);
     int64_t count = end - begin;
     vf decay = load_float(call->of.decay + c);
-    entry in = parks ? enter_segment(call, c, state->exponent, &state->left, &state->right)
+    entry in = parks ? enter_segment(call, c, state->exponent, &state->of)
                      : recompute(dtype, call, task, c, begin, end, state, &of);
-    entry grad = enter_segment(call, c, -in.exponent, &state->grad_left, &state->grad_right);
+    entry grad = enter_segment(call, c, -in.exponent, entering);
 
     vf after_n[MOST_TOKENS], after_d[MOST_TOKENS];
     vf grad_after_n[MOST_TOKENS], grad_after_d[MOST_TOKENS];
@@ -497,7 +515,7 @@ INLINE void all_grads(int dtype, int parks, const bi_wkv_call *call,
         if (end > call->tokens) end = call->tokens;
         FOR_BLOCKS(task, block, c)
             grad_segment(dtype, parks, call, task, c, begin, end, state_of(task, s, block),
-                         gw + block * LANES, gu + block * LANES);
+                         grads_of(task, s, block), gw + block * LANES, gu + block * LANES);
     }
     FOR_BLOCKS(task, block, c) {
         memcpy(call->gw + place + c, gw + block * LANES, LANES * sizeof(double));
@@ -505,10 +523,10 @@ INLINE void all_grads(int dtype, int parks, const bi_wkv_call *call,
     }
 }
 
-INLINE void grads_of(int dtype, const bi_wkv_call *call, const bi_wkv_task *task) {
+INLINE void grads_by(int dtype, const bi_wkv_call *call, const bi_wkv_task *task) {
     FOR_PARKS(dtype, all_grads, call, task);
 }
 
 static void bi_wkv_grads(const bi_wkv_call *call, const bi_wkv_task *task) {
-    FOR_DTYPE(call->dtype, grads_of, call, task);
+    FOR_DTYPE(call->dtype, grads_by, call, task);
 }
