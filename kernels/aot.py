@@ -9,12 +9,13 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from . import triton_support
 from .bi_wkv import triton_kernel as bi_wkv
+from .deform_attn import triton_kernel as deform_attn
 from .gate import triton_kernel as gate
 from .shift_mix import triton_kernel as shift_mix
 from .wkv6 import triton_kernel as wkv6
@@ -29,6 +30,7 @@ _FLOAT32 = frozenset(
     for name in (
         *("w", "u", "mu", "gw", "gu", "gmu", "lefts", "rights", "g_lefts", "borders", "g_borders"),
         *("states", "g_states", "decays", "y_sides", "gr_sides", "gk_sides", "gw_sides"),
+        *("locations", "g_locations", "sums", "scale"),
     )
 )
 
@@ -58,8 +60,9 @@ class Usage:
 class _Variant:
     name: str
     kernel: Any
-    constants: Mapping[str, int | bool]
+    constants: Mapping[str, int | bool | None]
     num_warps: int
+    types: Mapping[str, Any] = field(default_factory=dict)  # that names do not tell
 
 
 def compile_all(targets: Sequence[tuple[int, str]] = TARGETS) -> list[Usage]:
@@ -81,6 +84,7 @@ def _variants() -> Iterator[_Variant]:
     yield from _shift_mix_variants()
     yield from _gate_variants()
     yield from _wkv6_variants()
+    yield from _deform_attn_variants()
 
 
 def _bi_wkv_variants() -> Iterator[_Variant]:
@@ -144,14 +148,35 @@ def _wkv6_variants() -> Iterator[_Variant]:
     yield variant(jit.gradient_kernel, wkv6.BACKWARD)
 
 
+def _deform_attn_variants() -> Iterator[_Variant]:
+    from .deform_attn import triton_jit as jit
+
+    # Three levels and heads of 64 channels, as in the adapter of the small model.
+    tiles = deform_attn.DEFAULT
+    constants = tiles.constants(3, 64)
+    sides = {"sides": ("i32",) * 6}
+
+    def variant(
+        kernel: Any, constants: Mapping[str, Any], suffix: str = "", **types: str
+    ) -> _Variant:
+        name = f"deform_attn {kernel.__name__}{suffix}"
+        return _Variant(name, kernel, constants, tiles.num_warps, {**sides, **types})
+
+    yield variant(jit.forward_kernel, constants)
+    yield variant(jit.backward_kernel, {**constants, "scale_ptr": None})
+    yield variant(jit.backward_kernel, constants, " of integers", sums_ptr="*i64")
+
+
 def _compiled(variant: _Variant, arch: int, dtype: str) -> Usage:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    def type_of(name: str) -> str:
+    def type_of(name: str) -> Any:
         if name in variant.constants:
             return "constexpr"
+        if name in variant.types:
+            return variant.types[name]
         if name.endswith("_ptr"):
             return "*fp32" if name in _FLOAT32 else f"*{dtype}"
         return "i32"

@@ -10,20 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import triton_support
 from ..dispatch import Backend, Operator
 from ..seam import Seam, check_tensors, compute_dtype, is_eager
-from . import plain, reference
+from . import plain, reference, triton_kernel
 
 __all__ = ["OPERATOR", "deform_attn"]
 
 OPERATOR = Operator(
     "deform_attn",
     [
+        Backend(
+            "triton",
+            triton_kernel.forward,
+            triton_kernel.backward,
+            triton_support.probe,
+            triton_support.DTYPES,
+        ),
         Backend("torch", plain.forward, plain.backward),
         Backend("reference", reference.forward, reference.backward),
         Backend("export", plain.forward, plain.backward),
     ],
-    order={"*": ("torch",)},
+    order={"cuda": ("triton", "torch"), "*": ("torch",)},
 )
 _SEAM = Seam("deform_attn", "vision.kernels.deform_attn.plain.deform_attn_plain")
 

@@ -1,14 +1,19 @@
 """Every backend that serves a GPU, against the definitions in float64 on that GPU."""
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
-from vision.kernels import bi_wkv, dispatch, gate, shift_mix, use_backend, wkv6_bi
+from vision.kernels import bi_wkv, deform_attn, dispatch, gate, shift_mix, use_backend, wkv6_bi
 from vision.kernels.bi_wkv.reference import bi_wkv_definition
+from vision.kernels.deform_attn import triton_kernel as deform_attn_triton
+from vision.kernels.deform_attn.plain import deform_attn_plain
+from vision.kernels.deform_attn.reference import deform_attn_definition
 from vision.kernels.gate.plain import gate_plain
 from vision.kernels.gate.reference import gate_definition
 from vision.kernels.shift_mix.plain import shift_mix_plain
@@ -236,6 +241,136 @@ def test_every_tile_shape_of_triton_for_wkv6() -> None:
             grads = wkv6_triton.backward(**inputs, gy=grad, tiles=backward)
         actual = {"y": y, **{f"g{n}": g for n, g in zip(inputs, grads, strict=True)}}
         assert_close(actual, expected, 1e-5)
+
+
+# Maps of an image of 512 pixels, and awkward ones.
+PYRAMID, AWKWARD = [(64, 64), (32, 32), (16, 16)], [(1, 1), (7, 3), (1, 33), (40, 1)]
+
+
+def deform_attn_inputs(
+    shapes: list[tuple[int, int]], sizes: tuple[int, int, int, int, int], beyond: float = 0.3
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Make inputs of deform_attn and a gradient.
+
+    Args:
+        shapes: of the levels.
+        sizes: batch, queries, heads, channels of a head, points.
+        beyond: how far samples lie outside of the map, in its sides.
+    """
+    batch, queries, heads, channels, points = sizes
+    rng = torch.Generator("cuda").manual_seed(sum(sizes))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, device="cuda")
+
+    spread = (batch, queries, heads, len(shapes), points)
+    uniform = torch.rand((*spread, 2), generator=rng, device="cuda", dtype=torch.float64)
+    # A hundredth of a pixel away from centres, where gradients jump.
+    sides = torch.tensor([(w, h) for h, w in shapes], device="cuda").double()[:, None]
+    pixels = (uniform * (1 + 2 * beyond) - beyond) * sides - 0.5
+    pixels += 0.02 * ((pixels - pixels.round()).abs() < 0.01)
+    inputs = {
+        "value": normal(batch, sum(map(math.prod, shapes)), heads, channels),
+        "locations": ((pixels + 0.5) / sides).float(),
+        "weights": normal(*spread),
+    }
+    return inputs, normal(batch, queries, heads * channels)
+
+
+def of_maps(
+    function: Callable[..., Tensor], shapes: list[tuple[int, int]], **settings: object
+) -> Callable[..., Tensor]:
+    """Bind the shapes of the levels to a form of deform_attn."""
+    return lambda *x: function(*x, shapes, **settings)
+
+
+def deform_attn_by(backend: str, shapes: list[tuple[int, int]]) -> Callable[..., Tensor]:
+    """Return deform_attn by one backend; skips one it does not have."""
+    if backend not in dispatch.operators()["deform_attn"].backends:
+        pytest.skip(f"deform_attn has no backend {backend!r}")
+    return of_maps(deform_attn, shapes, backend=backend)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Ask torch for deterministic algorithms."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "sizes"),
+    [
+        (PYRAMID, (2, 1024, 6, 64, 4)),
+        (PYRAMID[1:2], (2, 5376, 6, 32, 4)),
+        (AWKWARD, (1, 1, 1, 1, 1)),
+        (AWKWARD, (3, 50, 5, 20, 3)),
+        (AWKWARD[:1], (1, 33, 2, 300, 2)),
+    ],
+)
+def test_deform_attn(
+    backend: str, shapes: list[tuple[int, int]], sizes: tuple[int, int, int, int, int]
+) -> None:
+    ours = deform_attn_by(backend, shapes)
+    for beyond in (0.0, 0.3, 3.0):
+        inputs, grad = deform_attn_inputs(shapes, sizes, beyond)
+        expected = oracle(of_maps(deform_attn_definition, shapes), inputs, grad)
+        assert_close(value_and_grads(ours, inputs, grad), expected, 2e-5, floor=1.0)
+        with nan_filled_empty():
+            actual = value_and_grads(ours, inputs, grad)
+        assert_close(actual, expected, 2e-5, floor=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_deform_attn_in_low_precision(backend: str, dtype: torch.dtype) -> None:
+    inputs, grad = deform_attn_inputs(PYRAMID, (2, 300, 6, 32, 4))
+    locations = inputs.pop("locations")  # half precision has too few digits for them
+    by_backend = deform_attn_by(backend, PYRAMID)
+
+    def plain(value: Tensor, weights: Tensor) -> Tensor:
+        wide = locations if value.dtype != torch.float64 else locations.double()
+        return deform_attn_plain(value, wide, weights, PYRAMID)
+
+    def ours(value: Tensor, weights: Tensor) -> Tensor:
+        return by_backend(value, locations, weights)
+
+    inputs = {n: x.to(dtype) for n, x in inputs.items()}
+    assert_no_worse_than_plain(ours, plain, inputs, grad.to(dtype))
+
+
+def test_deform_attn_of_any_strides(backend: str) -> None:
+    inputs, grad = deform_attn_inputs(AWKWARD, (2, 30, 3, 20, 2))
+    strided = {n: x.transpose(0, 2).contiguous().transpose(0, 2) for n, x in inputs.items()}
+    ours = deform_attn_by(backend, AWKWARD)
+    actual = value_and_grads(ours, strided, grad.mT.contiguous().mT)
+    expected = oracle(of_maps(deform_attn_definition, AWKWARD), inputs, grad)
+    assert_close(actual, expected, 2e-5, floor=1.0)
+
+
+def test_deform_attn_is_the_same_in_every_run_where_it_says_so() -> None:
+    ours = deform_attn_by("triton", PYRAMID)
+    inputs, grad = deform_attn_inputs(PYRAMID, (2, 5000, 6, 32, 4))
+    first, *others = (value_and_grads(ours, inputs, grad) for _ in range(20))
+    assert all(x.equal(run[n]) for run in others for n, x in first.items() if n != "gvalue")
+    with deterministic():
+        first, *others = (value_and_grads(ours, inputs, grad) for _ in range(20))
+    assert all(x.equal(run[n]) for run in others for n, x in first.items())
+
+
+@pytest.mark.parametrize("size", [20, 64, 200])
+def test_every_tile_shape_of_triton_for_deform_attn(size: int) -> None:
+    pytest.importorskip("triton")
+    inputs, grad = deform_attn_inputs(AWKWARD, (2, 100, 3, size, 2))
+    expected = oracle(of_maps(deform_attn_definition, AWKWARD), inputs, grad)
+    for tiles in deform_attn_triton._CANDIDATES:
+        with nan_filled_empty():
+            y = deform_attn_triton.forward(*inputs.values(), AWKWARD, tiles)
+            grads = deform_attn_triton.backward(*inputs.values(), grad, AWKWARD, tiles)
+        actual = {"y": y, **{f"g{n}": g for n, g in zip(inputs, grads, strict=True)}}
+        assert_close(actual, expected, 2e-5, floor=1.0)
 
 
 @pytest.mark.parametrize(("height", "width", "channels"), SIZES)

@@ -1,9 +1,11 @@
-"""Bi-WKV and WKV6 in Triton's interpreter; run by test_triton in a process of its own.
+"""Bi-WKV, WKV6, deform_attn in Triton's interpreter; run by test_triton in a process of its own.
 
 By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/triton_interpreter_cases.py
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -14,6 +16,8 @@ from vision.kernels import bi_wkv, wkv6_bi
 from vision.kernels.bi_wkv import triton_kernel
 from vision.kernels.bi_wkv.reference import bi_wkv_definition
 from vision.kernels.bi_wkv.triton_kernel import BACKWARD, FORWARD, Tiles
+from vision.kernels.deform_attn import triton_kernel as deform
+from vision.kernels.deform_attn.reference import deform_attn_definition
 from vision.kernels.testing import (
     assert_close,
     assert_no_worse_than_plain,
@@ -265,3 +269,141 @@ def test_wkv6_keeps_nan_and_gives_the_same_in_every_run() -> None:
         y = wkv6.forward(**spoilt, tiles=replace(wkv6.FORWARD, length=4, block=16, rows=16))
         assert y[0, :, :5].isnan().any()
         assert y[0, :, 5:].isfinite().all()
+
+
+LEVELS = ((3, 5), (1, 1), (2, 7))
+DEFORM = deform.Tiles(256, 4, block=8)
+
+
+def deform_inputs(
+    shapes: Sequence[tuple[int, int]] = LEVELS,
+    sizes: tuple[int, int, int, int, int] = (2, 9, 2, 5, 2),
+    beyond: float = 0.5,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Make inputs of deform_attn and a gradient.
+
+    Args:
+        shapes: of the levels.
+        sizes: batch, queries, heads, channels of a head, points.
+        beyond: how far samples lie outside of the map, in its sides.
+    """
+    batch, queries, heads, channels, points = sizes
+    rng = torch.Generator().manual_seed(sum(sizes) + len(shapes))
+    spread = (batch, queries, heads, len(shapes), points)
+    pixels = sum(map(math.prod, shapes))
+    uniform = torch.rand((*spread, 2), generator=rng)
+    inputs = {
+        "value": torch.randn((batch, pixels, heads, channels), generator=rng),
+        "locations": uniform * (1 + 2 * beyond) - beyond,
+        "weights": torch.randn(spread, generator=rng),
+    }
+    return inputs, torch.randn((batch, queries, heads * channels), generator=rng)
+
+
+def deform_with_tiles(
+    inputs: dict[str, Tensor],
+    grad: Tensor,
+    shapes: Sequence[tuple[int, int]] = LEVELS,
+    tiles: deform.Tiles = DEFORM,
+    integers: bool = True,
+) -> dict[str, Tensor]:
+    """Evaluate and differentiate deform_attn.
+
+    With `integers` gradients of value are sums of integers, and unwritten memory is full of NaN.
+    """
+    tensors = inputs.values()
+    with nan_filled_empty() if integers else nullcontext():
+        y = deform.forward(*tensors, shapes, tiles)
+        grads = deform.backward(*tensors, grad, shapes, tiles)
+    return {"y": y, **{f"g{n}": g for n, g in zip(inputs, grads, strict=True)}}
+
+
+def assert_deform(
+    inputs: dict[str, Tensor],
+    grad: Tensor,
+    actual: dict[str, Tensor],
+    shapes: Sequence[tuple[int, int]] = LEVELS,
+    tolerance: float | dict[str, float] = 1e-6,
+) -> None:
+    """Compare with the definition; terms of about 1 may cancel."""
+    expected = oracle(lambda *x: deform_attn_definition(*x, shapes), inputs, grad)
+    assert_close(actual, expected, tolerance, floor=1.0)
+
+
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize(
+    ("tiles", "sizes"),
+    [
+        (deform.Tiles(256, 4, block=8), (1, 9, 2, 20, 2)),
+        (deform.Tiles(64, 4, block=4), (1, 11, 3, 3, 1)),
+        (deform.Tiles(16, 4), (3, 1, 1, 1, 2)),
+    ],
+)
+def test_deform_attn_of_several_tiles(
+    tiles: deform.Tiles, sizes: tuple[int, int, int, int, int], integers: bool
+) -> None:
+    inputs, grad = deform_inputs(sizes=sizes)
+    assert_deform(inputs, grad, deform_with_tiles(inputs, grad, LEVELS, tiles, integers))
+
+
+def test_deform_attn_of_many_levels() -> None:
+    shapes = [(1, 1), (16, 16), (1, 9), (33, 1), (4, 32)]
+    inputs, grad = deform_inputs(shapes, (1, 5, 3, 6, 2))
+    tiles = deform.Tiles(128, 4)
+    assert_deform(inputs, grad, deform_with_tiles(inputs, grad, shapes, tiles), shapes)
+
+
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_deform_attn_in_low_precision(dtype: torch.dtype, integers: bool) -> None:
+    inputs, grad = deform_inputs()
+    inputs = {n: x if n == "locations" else x.to(dtype) for n, x in inputs.items()}
+    actual = deform_with_tiles(inputs, grad.to(dtype), integers=integers)
+    assert actual["y"].dtype == dtype
+    assert {n: actual[f"g{n}"].dtype for n in inputs} == {n: x.dtype for n, x in inputs.items()}
+    # Rounded once at the end; locations are float32 all the way.
+    tolerance = dict.fromkeys(("y", "gvalue", "gweights"), 2**-8) | {"glocations": 1e-6}
+    assert_deform(inputs, grad.to(dtype), actual, tolerance=tolerance)
+
+
+def test_deform_attn_of_samples_that_are_nowhere_near() -> None:
+    inputs, grad = deform_inputs()
+    inputs["locations"][:, ::3] = torch.tensor([1e30, -torch.inf])
+    inputs["locations"][:, 1::3, ..., 0] = torch.nan
+    inputs["locations"][:, 2::3, ..., 1] = 2.6
+    inputs["value"].fill_(torch.inf)
+    actual = deform_with_tiles(inputs, grad)
+    assert {n for n, x in actual.items() if x.count_nonzero()} == set()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
+def test_deform_attn_adds_integers_of_any_scale(size: float) -> None:
+    inputs, grad = deform_inputs(sizes=(1, 9, 2, 4, 1))
+    actual = deform_with_tiles(inputs, grad * size)["gvalue"]
+    expected = oracle(lambda *x: deform_attn_definition(*x, LEVELS), inputs, grad * size)
+    assert max_error(actual, expected["gvalue"]) < 1e-6
+
+
+def test_deform_attn_adds_integers_in_any_order() -> None:
+    inputs, grad = deform_inputs()
+    first = deform_with_tiles(inputs, grad)["gvalue"]
+    turned = {n: x if n == "value" else x.flip(1) for n, x in inputs.items()}
+    other = deform_with_tiles(turned, grad.flip(1), tiles=deform.Tiles(64, 4))["gvalue"]
+    assert other.equal(first)
+
+
+@pytest.mark.parametrize("wrong", [torch.inf, torch.nan])
+def test_deform_attn_does_not_hide_what_is_not_finite(wrong: float) -> None:
+    inputs, grad = deform_inputs(sizes=(1, 3, 1, 4, 1), beyond=0.0)
+    grad[0, 1, 2] = wrong
+    assert deform_with_tiles(inputs, grad)["gvalue"].isnan().all()
+    gv = deform_with_tiles(inputs, grad, integers=False)["gvalue"]
+    assert not gv[..., 2].isfinite().all()
+    assert gv[..., [0, 1, 3]].isfinite().all()
+
+
+def test_deform_attn_refuses_too_large_an_item() -> None:
+    value = torch.zeros(1).expand(1, 1 << 15, 1, 1 << 15)
+    locations, weights = torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"less than 2\^30 numbers an item"):
+        deform.forward(value, locations, weights, [(1 << 15, 1)])
