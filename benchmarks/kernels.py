@@ -38,7 +38,7 @@ from benchmarks.measure import (
     side_by_side,
     threads,
 )
-from vision.kernels import bi_wkv, gate, shift_mix, wkv6_bi
+from vision.kernels import bi_wkv, deform_attn, gate, shift_mix, wkv6_bi
 from vision.kernels.dispatch import AUTO, operators
 
 Function = Callable[..., Tensor | list[Tensor]]
@@ -48,6 +48,7 @@ RESULTS = Path(__file__).parent / "results"
 HEAD = 64  # channels of an attention head
 # Besides "reference", backends that take time and memory in the square of the number of tokens.
 _QUADRATIC = {"wkv6_bi": {"export"}}
+POINTS = 4  # samples that a head of deformable attention takes of a map
 MIXED = 3  # copies that the spatial mix makes: receptance, key, value
 
 
@@ -133,6 +134,23 @@ def _gate(at: Setting, backend: str) -> tuple[Function, list[Tensor]]:
     return functools.partial(gate, backend=backend), at.tokens(2)
 
 
+def _deform_attn(at: Setting, backend: str) -> tuple[Function, list[Tensor]]:
+    batch, tokens, channels = at.shape
+    if channels % HEAD:
+        raise ValueError(f"deform_attn needs whole heads of {HEAD} channels, got {channels}")
+    height, width = grid(tokens)
+    # What an injector does: patches look at maps of twice, once and half their resolution.
+    shapes = [(2 * height, 2 * width), (height, width), ((height + 1) // 2, (width + 1) // 2)]
+    pixels, heads = sum(h * w for h, w in shapes), channels // HEAD
+    spread = (batch, tokens, heads, len(shapes), POINTS)
+    inputs = [
+        at.normal(batch, pixels, heads, HEAD),
+        torch.rand((*spread, 2), device=at.device, dtype=at.wide),
+        at.normal(*spread).flatten(3).softmax(-1).unflatten(3, spread[3:]),
+    ]
+    return functools.partial(deform_attn, shapes=shapes, backend=backend), inputs
+
+
 def _sdpa(at: Setting, backend: str) -> tuple[Function, list[Tensor]]:
     channels = at.shape[2]
     if channels % HEAD:
@@ -157,6 +175,7 @@ OPS = {
     "wkv6_bi": Op(_wkv6_bi, {FORWARD: 5, BOTH: 14}),
     "shift_mix": Op(_shift_mix, {FORWARD: 1 + MIXED, BOTH: 3 + 2 * MIXED}),
     "gate": Op(_gate, {FORWARD: 3, BOTH: 8}),
+    "deform_attn": Op(_deform_attn, {FORWARD: 0, BOTH: 0}),
     "sdpa": Op(_sdpa, {FORWARD: 0, BOTH: 0}),
     "matmuls": Op(_matmuls, {FORWARD: 0, BOTH: 0}),
     "exp": Op(lambda at, backend: (torch.exp, at.tokens(1)), {FORWARD: 2}),
