@@ -4,7 +4,8 @@
     python benchmarks/kernels.py --quick --ops bi_wkv,exp --shapes 1x1024x192
     python benchmarks/kernels.py --read benchmarks/results/kernels-cpu.json
 
-Every backend of every operator but "reference", forward alone and with backward, next to
+Every backend of every operator but "reference", forward alone and with backward, by autograd and
+for bi_wkv also by direct calls, next to
 scaled_dot_product_attention, exp(k), copies, and the matrix products of a block at the same
 (B, T, C). On the CPU by the thread's own time at one thread, then by the clock on the wall at
 `--threads`; on the GPU by events. Writes rows of JSON as they are measured and draws a PNG beside.
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels_report import BOTH, FORWARD, SHAPES, TORCH, Shape, draw, summary
+from benchmarks.kernels_report import BOTH, FORWARD, PASSES, SHAPES, TORCH, Shape, draw, summary
 from benchmarks.measure import (
     Call,
     Case,
@@ -39,7 +40,7 @@ from benchmarks.measure import (
     threads,
 )
 from vision.kernels import bi_wkv, deform_attn, gate, shift_mix, wkv6_bi
-from vision.kernels.dispatch import AUTO, operators
+from vision.kernels.dispatch import AUTO, Backend, operators
 
 Function = Callable[..., Tensor | list[Tensor]]
 
@@ -171,7 +172,7 @@ def _matmuls(at: Setting, backend: str) -> tuple[Function, list[Tensor]]:
 
 
 OPS = {
-    "bi_wkv": Op(_bi_wkv, {FORWARD: 3, BOTH: 9}),
+    "bi_wkv": Op(_bi_wkv, {FORWARD: 3, BOTH: 9, PASSES: 9}),
     "wkv6_bi": Op(_wkv6_bi, {FORWARD: 5, BOTH: 14}),
     "shift_mix": Op(_shift_mix, {FORWARD: 1 + MIXED, BOTH: 3 + 2 * MIXED}),
     "gate": Op(_gate, {FORWARD: 3, BOTH: 8}),
@@ -203,6 +204,20 @@ def _call(direction: str, function: Function, inputs: list[Tensor]) -> Call:
     return both
 
 
+def _passes(backend: Backend, inputs: list[Tensor]) -> Call:
+    """Return a call of a backend's own functions, as autograd calls them."""
+    grad = torch.randn_like(inputs[-1])
+
+    def passes() -> list[Tensor]:
+        if backend.keeping is None:
+            y = backend.forward(*inputs)
+            return [y, *backend.backward(*inputs, y, grad)]
+        y, kept = backend.keeping(*inputs)
+        return [y, kept, *backend.backward(*inputs, y, grad, kept=kept)]
+
+    return passes
+
+
 def _backends(name: str, at: Setting) -> dict[str, bool]:
     """Return what to compare and whether it is the default; what is O(T²) is left out."""
     op = operators().get(name)
@@ -230,7 +245,10 @@ def cases(names: Sequence[str], at: Setting) -> Iterator[Case]:
                 }
 
                 def make(op: Op = op, backend: str = backend, direction: str = direction) -> Call:
-                    return _call(direction, *op.make(at, backend))
+                    function, inputs = op.make(at, backend)
+                    if direction == PASSES:
+                        return _passes(operators()["bi_wkv"].backends[backend], inputs)
+                    return _call(direction, function, inputs)
 
                 yield Case(labels, make, tensors * math.prod(at.shape) * at.dtype.itemsize)
 

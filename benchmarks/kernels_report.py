@@ -11,6 +11,7 @@ Shape = tuple[int, int, int]
 
 SHAPES: tuple[Shape, ...] = ((8, 196, 192), (1, 1024, 192), (1, 4096, 192), (1, 16384, 192))
 FORWARD, BOTH = "forward", "forward + backward"
+PASSES = "both passes, no graph"  # what autograd costs is left out
 TORCH = "torch"
 
 
@@ -52,6 +53,12 @@ _LONG, _LONGEST = SHAPES[2], SHAPES[3]
 LIMITS = (
     Limit("bi_wkv / exp(k)", _WKV, Term("exp"), dict(zip(SHAPES, (2, 2, 2, 2.5), strict=True))),
     Limit("bi_wkv: forward + backward / forward", _WKV_BOTH, _WKV, dict.fromkeys(SHAPES, 3.5)),
+    Limit(
+        "bi_wkv: both passes without a graph / forward",
+        Term("bi_wkv", PASSES),
+        _WKV,
+        dict.fromkeys(SHAPES, 3.5),
+    ),
     Limit("bi_wkv / the block's products", _WKV, Term("matmuls"), dict.fromkeys(SHAPES, 0.05)),
     Limit(
         "sdpa / bi_wkv", Term("sdpa"), _WKV, dict(zip(SHAPES, (8, 30, 100), strict=False)), False
