@@ -27,15 +27,6 @@ INLINE void store_some(void *p, int64_t i, int64_t count, vf x, int dtype) {
 
 enum { GROUPS = 5 };
 
-/* Where group `g` of a token finds its neighbour: a number of tokens to go, 0 if it has none.
-   `sign` is 1 for the neighbour a token takes, -1 for the token that takes this one. */
-INLINE int64_t way(const shift_mix_call *call, int g, int64_t y, int64_t x, int sign) {
-    int64_t step = (g == 0 || g == 2 ? -call->pixels : call->pixels) * sign;
-    int64_t place = g < 2 ? x + step : y + step, end = g < 2 ? call->width : call->height;
-    if (g == 4 || place < 0 || place >= end) return 0;
-    return g < 2 ? step : step * call->width;
-}
-
 /* Calls function(c, LANES, ...) for the whole vectors from `first` to `end`, the number a constant
    there, then once for what is left. */
 #define FOR_VECTORS(first, end, function, ...)                           \
@@ -49,8 +40,8 @@ INLINE int64_t group_end(const shift_mix_call *call, int g) {
     return g == 4 ? call->channels : call->edges[g + 1];
 }
 
-/* One group of one token. `count` is a constant where this is inlined, so that all proportions are
-   computed from one load; `other` is null for a token without a neighbour. */
+/* `count` is a constant where this is inlined, so that all proportions are computed from one load;
+   `other` is null for a token without a neighbour. */
 INLINE void mix_vector(int64_t c, int64_t size, int dtype, int count, const void *own,
                        const void *other, const float *mu, int64_t channels, void *const *mixed,
                        int64_t to) {
@@ -62,28 +53,42 @@ INLINE void mix_vector(int64_t c, int64_t size, int dtype, int count, const void
     }
 }
 
-INLINE void mix_group(int dtype, int count, const void *own, const void *other, const float *mu,
-                      int64_t channels, void *const *mixed, int64_t to, int64_t first,
-                      int64_t end) {
-    if (other)
-        FOR_VECTORS(first, end, mix_vector, dtype, count, own, other, mu, channels, mixed, to);
-    else
-        FOR_VECTORS(first, end, mix_vector, dtype, count, own, NULL, mu, channels, mixed, to);
+/* Spans of a row of the grid: from `begin` to `end` the neighbour of a group is there. */
+typedef struct {
+    int64_t step, begin, end;
+} span;
+
+INLINE span span_of(const shift_mix_call *call, int g, int64_t y, int sign) {
+    int64_t pixels = call->pixels, width = call->width;
+    if (g == 4) return (span){0, 0, width};
+    int64_t step = (g == 0 || g == 2 ? -pixels : pixels) * sign;
+    if (g >= 2) {
+        int inside = y + step >= 0 && y + step < call->height;
+        return (span){step * width, 0, inside ? width : 0};
+    }
+    int64_t most = pixels < width ? pixels : width;
+    return step < 0 ? (span){step, most, width} : (span){step, 0, width - most};
 }
 
 INLINE void mix_row(int dtype, int count, const shift_mix_call *call, int64_t item, int64_t y) {
     void *mixed[MOST_MIXED]; /* a copy, which no store can be taken to change */
     memcpy(mixed, call->mixed, count * sizeof *mixed);
-    int64_t channels = call->channels, token = call->x.token;
-    int64_t t = y * call->width, from = item * call->x.batch + t * token;
+    const float *mu = call->mu;
+    int64_t channels = call->channels, token = call->x.token, t = y * call->width;
+    const char *own = at(call->x.data, item * call->x.batch + t * token, dtype);
     int64_t to = (item * call->height * call->width + t) * channels;
-    for (int64_t x = 0; x < call->width; x++, from += token, to += channels)
+    span of[GROUPS];
+    for (int g = 0; g < GROUPS; g++) of[g] = span_of(call, g, y, 1);
+    /* A token after the other: that is how the results lie in memory. */
+    for (int64_t x = 0; x < call->width; x++, own += token * width_of(dtype), to += channels)
         for (int g = 0; g < GROUPS; g++) {
-            int64_t step = way(call, g, y, x, 1) * token;
-            const void *own = at(call->x.data, from, dtype);
-            const void *other = g == 4 || step ? at(own, step, dtype) : NULL;
-            mix_group(dtype, count, own, other, call->mu, channels, mixed, to, call->edges[g],
-                      group_end(call, g));
+            int64_t first = call->edges[g], last = group_end(call, g);
+            if (x >= of[g].begin && x < of[g].end)
+                FOR_VECTORS(first, last, mix_vector, dtype, count, own,
+                            at(own, of[g].step * token, dtype), mu, channels, mixed, to);
+            else
+                FOR_VECTORS(first, last, mix_vector, dtype, count, own, NULL, mu, channels, mixed,
+                            to);
         }
 }
 
@@ -104,50 +109,71 @@ static void shift_mix(const shift_mix_call *call, int64_t item, int64_t first, i
     FOR_DTYPE(call->dtype, mix_rows, call, item, first, end);
 }
 
-INLINE void mix_vector_grads(int64_t c, int64_t size, int dtype, int count, const void *own,
-                             const void *other, const float *mu, int64_t channels,
-                             void *const *grads, void *gx, float *gmu, int64_t to,
-                             int64_t taker) {
-    vf difference = load_some(own, c, size, dtype);
-    if (other) difference -= load_some(other, c, size, dtype);
-    vf sum = all(0);
+/* One vector of channels of the tokens of a row from `begin` to `end`. `has_other` as above;
+   `has_taker`: the tokens `back` elements away take these ones. The sums over the tokens stay in
+   registers. */
+INLINE void mix_column_grads(int64_t c, int64_t size, int dtype, int count,
+                             const shift_mix_call *call, void *const *grads, float *gmu,
+                             int64_t from, int64_t to, int64_t begin, int64_t end, int has_other,
+                             int64_t step, int has_taker, int64_t back) {
+    int64_t channels = call->channels;
+    vf share[MOST_MIXED], sums[MOST_MIXED];
     for (int n = 0; n < count; n++) {
-        int64_t place = n * channels + c;
-        vf share = load_some(mu, place, size, FLOAT32);
-        vf grad = load_some(grads[n], to + c, size, dtype);
-        sum += share * grad;
-        if (taker >= 0) sum += (1 - share) * load_some(grads[n], taker + c, size, dtype);
-        vf old = load_some(gmu, place, size, FLOAT32);
-        store_some(gmu, place, size, old + grad * difference, FLOAT32);
+        share[n] = load_some(call->mu, n * channels + c, size, FLOAT32);
+        sums[n] = load_some(gmu, n * channels + c, size, FLOAT32);
     }
-    store_some(gx, to + c, size, sum, dtype);
-}
-
-/* One group of one token: `other` as above, `taker` how far the token is that takes this one. */
-INLINE void mix_group_grads(int dtype, int count, const void *own, const void *other,
-                            const float *mu, int64_t channels, void *const *grads, void *gx,
-                            float *gmu, int64_t to, int64_t taker, int64_t first, int64_t end) {
-    FOR_VECTORS(first, end, mix_vector_grads, dtype, count, own, other, mu, channels, grads, gx,
-                gmu, to, taker);
+    for (int64_t x = begin; x < end; x++) {
+        const void *own = at(call->x.data, from + x * call->x.token, dtype);
+        int64_t place = to + x * channels;
+        vf difference = load_some(own, c, size, dtype);
+        if (has_other) difference -= load_some(at(own, step, dtype), c, size, dtype);
+        vf sum = all(0);
+        for (int n = 0; n < count; n++) {
+            vf grad = load_some(grads[n], place + c, size, dtype);
+            sum += share[n] * grad;
+            if (has_taker)
+                sum += (1 - share[n]) * load_some(grads[n], place + back + c, size, dtype);
+            sums[n] += grad * difference;
+        }
+        store_some(call->gx.data, place + c, size, sum, dtype);
+    }
+    for (int n = 0; n < count; n++)
+        store_some(gmu, n * channels + c, size, sums[n], FLOAT32);
 }
 
 INLINE void mix_row_grads(int dtype, int count, const shift_mix_call *call, int64_t item,
                           int64_t y, float *gmu) {
     void *grads[MOST_MIXED];
     memcpy(grads, call->mixed, count * sizeof *grads);
-    int64_t channels = call->channels, token = call->x.token;
-    int64_t t = y * call->width, from = item * call->x.batch + t * token;
-    int64_t to = (item * call->height * call->width + t) * channels;
-    for (int64_t x = 0; x < call->width; x++, from += token, to += channels)
-        for (int g = 0; g < GROUPS; g++) {
-            int64_t step = way(call, g, y, x, 1) * token;
-            int64_t back = way(call, g, y, x, -1) * channels;
-            const void *own = at(call->x.data, from, dtype);
-            const void *other = g == 4 || step ? at(own, step, dtype) : NULL;
-            mix_group_grads(dtype, count, own, other, call->mu, channels, grads, call->gx.data,
-                            gmu, to, g == 4 || back ? to + back : -1, call->edges[g],
-                            group_end(call, g));
+    int64_t channels = call->channels, width = call->width, t = y * width;
+    int64_t from = item * call->x.batch + t * call->x.token;
+    int64_t to = (item * call->height * width + t) * channels;
+    for (int g = 0; g < GROUPS; g++) {
+        span takes = span_of(call, g, y, 1), taken = span_of(call, g, y, -1);
+        int64_t step = takes.step * call->x.token, back = taken.step * channels;
+        int64_t first = call->edges[g], last = group_end(call, g);
+        /* The ends of both spans cut the row into at most five parts. */
+        int64_t cuts[6] = {0, takes.begin, taken.begin, takes.end, taken.end, width};
+        for (int i = 1; i < 5; i++) /* few enough to sort like this */
+            for (int j = 1; j < 4; j++)
+                if (cuts[j] > cuts[j + 1]) {
+                    int64_t swap = cuts[j];
+                    cuts[j] = cuts[j + 1];
+                    cuts[j + 1] = swap;
+                }
+        for (int i = 0; i < 5; i++) {
+            int64_t begin = cuts[i], end = cuts[i + 1];
+            int other = begin >= takes.begin && begin < takes.end;
+            int taker = begin >= taken.begin && begin < taken.end;
+            if (begin == end) continue;
+            if (other && taker)
+                FOR_VECTORS(first, last, mix_column_grads, dtype, count, call, grads, gmu, from,
+                            to, begin, end, 1, step, 1, back);
+            else
+                FOR_VECTORS(first, last, mix_column_grads, dtype, count, call, grads, gmu, from,
+                            to, begin, end, other, step, taker, back);
         }
+    }
 }
 
 INLINE void add_row_grads(int dtype, const shift_mix_call *call, int64_t item, int64_t y,
