@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 
 import vision.mm  # noqa: F401 -- registers the zoo with mmengine
 from vision.mm import launch
+from vision.mm.pictures import draw_prediction
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = "configs/vrwkv_adapter/vrwkv-adapter-nano_mask-rcnn_1xb2-24e_coco-mini-320.py"
@@ -43,6 +45,19 @@ def write_scene(root: Path, count: int) -> None:
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
 
 
+def answer(sample: Any, shift: int) -> None:
+    """Answer with the truth, moved by some pixels."""
+    height, width = sample.ori_shape
+    boxes = torch.tensor([[10.0, 10, 30, 70], [50, 30, 110, 55]])
+    masks = torch.zeros(2, height, width, dtype=torch.bool)
+    for mask, box in zip(masks, boxes.int().tolist(), strict=True):
+        mask[box[1] : box[3], box[0] + shift : box[2] + shift] = True
+    boxes[:, [0, 2]] += shift
+    sample.pred_instances = InstanceData(
+        bboxes=boxes, masks=masks, labels=torch.tensor([0, 0]), scores=torch.tensor([0.9, 0.8])
+    )
+
+
 def judged(cfg: Config, shift: int) -> dict[str, float]:
     """What the config's evaluator says of answers that are the truth, moved by some pixels."""
     from mmdet.registry import DATASETS, METRICS
@@ -52,15 +67,7 @@ def judged(cfg: Config, shift: int) -> dict[str, float]:
     metric.dataset_meta = dataset.metainfo
     for i in range(len(dataset)):
         sample = dataset[i]["data_samples"]
-        height, width = sample.ori_shape
-        boxes = torch.tensor([[10.0, 10, 30, 70], [50, 30, 110, 55]])
-        masks = torch.zeros(2, height, width, dtype=torch.bool)
-        for mask, box in zip(masks, boxes.int().tolist(), strict=True):
-            mask[box[1] : box[3], box[0] + shift : box[2] + shift] = True
-        boxes[:, [0, 2]] += shift
-        sample.pred_instances = InstanceData(
-            bboxes=boxes, masks=masks, labels=torch.tensor([0, 0]), scores=torch.tensor([0.9, 0.8])
-        )
+        answer(sample, shift)
         metric.process({}, [sample.to_dict()])
     return metric.evaluate(len(dataset))
 
@@ -77,6 +84,32 @@ def test_some_images_are_judged_by_themselves(tmp_path: Path) -> None:
     moved = judged(cfg, shift=9)
     assert moved["coco/bbox_mAP_50"] < 1
     assert moved["coco/segm_mAP"] < 0.5
+
+
+def test_what_was_found_is_drawn_beside_what_is_there(tmp_path: Path) -> None:
+    from mmdet.models.utils import samplelist_boxtype2tensor
+    from mmdet.registry import DATASETS
+
+    write_scene(tmp_path, 3)
+    cfg = launch.load_config(arguments(data_root=f"{tmp_path}/"))
+    init_default_scope("mmdet")
+    dataset = DATASETS.build(cfg.val_dataloader.dataset)
+    item = dataset[2]
+    sample = item["data_samples"]
+    samplelist_boxtype2tensor([sample])  # as a model's preprocessor does
+    answer(sample, shift=5)
+    sample.pred_instances.scores[1] = 0.1
+    tile, caption = draw_prediction(item["inputs"], sample, dataset.metainfo)
+    assert caption == "2.jpg: annotation, 1 found"
+    assert tile.shape == (90, 240, 3)
+    background = tile[5, 60].astype(int) - (80, 90, 200)
+    assert abs(background).max() < 8  # the colours of the file, not mirrored
+    painted = abs(tile.astype(int) - tile[5, 60]).sum(2) > 60
+    there, found = painted[:, :120], painted[:, 120:]
+    assert there[40, 20]
+    assert there[45, 90]
+    assert found[40, 25]
+    assert not found[45, 90]  # its score is low
 
 
 def test_mmdet_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

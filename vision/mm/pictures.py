@@ -16,6 +16,7 @@ from vision.data import box_of_mask, contact_sheet, draw_sample, overlay, palett
 from vision.metrics import mask_iou
 
 _TILE = 320  # longest side of a tile of a sheet, in pixels
+_SURE = 0.3  # score of a detection that is drawn
 _ERRORS = np.array([(0, 0, 0), (255, 0, 0), (0, 0, 255)], np.uint8)  # wrongly found, missed
 
 
@@ -78,7 +79,8 @@ class PredictionSheetHook(_SheetHook):
 
     Classification: the image, predicted and true class. Segmentation: image, annotation and
     prediction side by side. Promptable: image, annotation, and the masks from each kind of prompt.
-    Written as predictions_val.png or predictions_test.png.
+    Detection: what was annotated and what was found, side by side. Written as
+    predictions_val.png or predictions_test.png.
 
     Args:
         images: how many images the sheet shows.
@@ -129,8 +131,9 @@ def draw_prediction(image: Tensor, output: Any, meta: dict[str, Any]) -> tuple[n
     """One image with the prediction beside it or named below.
 
     Args:
-        image: uint8 RGB (3, H, W).
-        output: a dict of `ImageClassifier` or `PromptableSegmentor`, or mmseg's SegDataSample.
+        image: uint8 RGB (3, H, W), BGR for mmdet, as their preprocessors take it.
+        output: a dict of `ImageClassifier` or `PromptableSegmentor`, mmseg's SegDataSample, or
+            mmdet's DetDataSample.
         meta: the data set's metainfo, with classes and, for segmentation, palette.
 
     Returns:
@@ -146,6 +149,8 @@ def draw_prediction(image: Tensor, output: Any, meta: dict[str, Any]) -> tuple[n
         if found != output["label"]:
             caption += f" (is {names[output['label']]})"
         return _large(picture), caption
+    if "pred_instances" in output:
+        return _detected(picture, output, meta)
     colours = np.asarray(meta.get("palette") or palette(len(meta["classes"])), dtype=np.uint8)
     found_mask = output.pred_sem_seg.data[0].cpu().numpy()
     size = (found_mask.shape[1], found_mask.shape[0])
@@ -156,6 +161,20 @@ def draw_prediction(image: Tensor, output: Any, meta: dict[str, Any]) -> tuple[n
         panels.insert(1, overlay(picture, truth, colours, 0.7))
     name = Path(str(output.metainfo.get("img_path", ""))).name
     return np.concatenate(panels, axis=1), f"{name}: image, annotation, prediction"
+
+
+def _detected(picture: np.ndarray, output: Any, meta: dict[str, Any]) -> tuple[np.ndarray, str]:
+    """Objects with their classes, those found with a score from 0.3 on; by mmdet's visualizer."""
+    from mmdet.visualization import DetLocalVisualizer
+
+    height, width = output.ori_shape[:2]  # what boxes and masks refer to
+    picture = np.asarray(Image.fromarray(picture[..., ::-1]).resize((width, height)))
+    visualizer = DetLocalVisualizer()
+    visualizer.dataset_meta = dict(meta)
+    visualizer.add_datasample("", picture, output.cpu(), pred_score_thr=_SURE)
+    found = int((output.pred_instances.scores >= _SURE).sum())
+    name = Path(str(output.metainfo.get("img_path", ""))).name
+    return visualizer.get_image(), f"{name}: annotation, {found} found"
 
 
 def _prompted(picture: np.ndarray, output: dict[str, Any]) -> tuple[np.ndarray, str]:
