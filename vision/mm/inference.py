@@ -64,7 +64,8 @@ class Predictor:
         if not isinstance(self.model, ImageClassifier | BaseSegmentor):
             raise ValueError(
                 f"wanted a classifier or a segmentor, got a {cfg.model.type}; a promptable model "
-                "answers prompts: tools/predict_prompt.py, or tools/auto_mask.py without any"
+                "answers prompts: tools/predict_prompt.py, or tools/auto_mask.py without any; what "
+                "a detector finds is drawn by tools/test.py --show-dir"
             )
         load_strict(self.model, checkpoint)
         self.model.to(self.device).eval()
