@@ -32,7 +32,7 @@ Row = dict[str, Any]
 Call = Callable[[], Any]
 
 # A sample lasts at least this long, or the clock's own cost shows.
-_SAMPLE_MS = 2.0
+_SAMPLE_MS = 10.0
 _MOST_SAMPLES = 101
 _SHORT_MS = 50.0
 _TRIALS = 5
