@@ -39,6 +39,19 @@ def test_backbone_serves_hierarchical_and_foreign_models() -> None:
     assert vit(torch.randn(1, 3, 32, 64))[1].shape == (1, 192, 2, 4)
 
 
+def test_backbone_puts_the_channels_first() -> None:
+    small = {"img_size": 64, "window_size": 2, "embed_dim": 16, "depths": (1, 1)}
+    swin = ZooBackbone(
+        "swin_tiny_patch4_window7_224", out_indices=(0, 1), num_heads=(1, 2), **small
+    ).eval()
+    x = torch.randn(2, 3, 64, 64)
+    maps = swin(x)
+    assert [m.shape for m in maps] == [(2, 16, 16, 16), (2, 32, 8, 8)]
+    assert [m.shape[1] for m in maps] == swin.channels
+    for found, last in zip(maps, swin.body(x), strict=True):  # timm's have them last
+        assert torch.equal(found, last.permute(0, 3, 1, 2))
+
+
 def test_backbone_can_be_frozen() -> None:
     backbone = ZooBackbone(NANO, out_indices=(3,), frozen=True).train()
     assert not backbone.body.training

@@ -159,6 +159,19 @@ def test_other_backbones() -> None:
     assert masks.shape == (1, 3, 12, 16)
 
 
+def test_an_encoder_may_have_its_channels_last() -> None:
+    small = {"img_size": 64, "window_size": 2, "embed_dim": 16, "depths": (1, 1, 1)}
+    sam = build_sam(
+        "swin_tiny_patch4_window7_224",
+        dim=32,
+        mlp_dim=32,
+        encoder_kwargs={**small, "num_heads": (1, 2, 4)},
+    ).eval()
+    with torch.no_grad():
+        masks, _ = sam(image(64, 64), points(1, (64, 64)))
+    assert masks.shape == (1, 3, 16, 16)
+
+
 def test_stride_32_goes_into_the_neck() -> None:
     sam = create_sam("rwkv_sam_nano", encoder_kwargs={"final_stage": True})
     assert len(sam.neck.projs) == 2

@@ -11,6 +11,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor
 
 import vision  # noqa: F401 -- registers the models
+from vision.models.feature_maps import feature_maps
 
 
 def timm_weights(checkpoint: str | None) -> dict[str, Any]:
@@ -83,7 +84,7 @@ class ZooBackbone(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, H, W) to maps (B, C_i, H_i, W_i), one for each of `out_indices`."""
-        return tuple(self.body(x))
+        return tuple(feature_maps(self.body, x))
 
     def layer_ids(self) -> dict[str, int]:
         """Depth of every parameter, 0 at the input, for layer-wise learning rates."""

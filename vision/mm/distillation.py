@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vision.data import list_images, read_image
+from vision.models.feature_maps import feature_maps
 from vision.sam import create_sam
 from vision.sam.embedding_cache import CacheError, EmbeddingCache
 from vision.sam.model import STRIDE
@@ -170,7 +171,8 @@ class EmbeddingDistiller(BaseModel):
             ValueError: not exactly one of teacher and cached embeddings, another shape than the
                 teacher's, or an unknown mode.
         """
-        maps = self.encoder(normalize_padded(inputs, sizes, self.mean, self.std))
+        images = normalize_padded(inputs, sizes, self.mean, self.std)
+        maps = feature_maps(self.encoder, images)
         y = self.neck([maps[i] for i in self.embedding_index])
         if mode == "tensor":
             return y

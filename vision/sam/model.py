@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vision.files import write_whole
 from vision.models.checkpoint import CheckpointError, listing, read_checkpoint, write_weights
+from vision.models.feature_maps import feature_maps
 
 from .mask_decoder import MaskDecoder
 from .neck import Neck
@@ -188,9 +189,7 @@ class RwkvSam(nn.Module):
 
     def embed(self, x: Tensor, input_size: tuple[int, int]) -> ImageEmbedding:
         """Encode images that are normalised and padded already (B, 3, H, W)."""
-        maps = self.encoder(x)
-        if isinstance(maps, Tensor):
-            maps = [maps]
+        maps = feature_maps(self.encoder, x)
         deepest = [maps[i] for i in self.embedding_index]
         embedding = deepest[0] if self.neck is None else self.neck(deepest)
         share = None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import vision.models  # noqa: F401 -- its models can teach, too
 from vision.models.checkpoint import check_fit, listing, read_checkpoint, unwrap_state_dict
+from vision.models.feature_maps import feature_maps
 
 from .model import STRIDE
 from .transforms import resize_longest_side
@@ -189,7 +190,7 @@ class _FeatureMaps(nn.Module):
         self.places = tuple(order.index(level) for level in levels)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = self.model(x)
+        maps = feature_maps(self.model, x)
         return [maps[place] for place in self.places]
 
 
