@@ -228,6 +228,13 @@ def _backends(name: str, at: Setting) -> dict[str, bool]:
     return {backend: backend == served for backend in op.backends if backend not in slow}
 
 
+def _make(name: str, at: Setting, backend: str, direction: str) -> Call:
+    function, inputs = OPS[name].make(at, backend)
+    if direction == PASSES:
+        return _passes(operators()[name].backends[backend], inputs)
+    return _call(direction, function, inputs)
+
+
 def cases(names: Sequence[str], at: Setting) -> Iterator[Case]:
     """Yield the competitors of a setting."""
     for name in names:
@@ -244,12 +251,7 @@ def cases(names: Sequence[str], at: Setting) -> Iterator[Case]:
                     "device": at.device.type,
                 }
 
-                def make(op: Op = op, backend: str = backend, direction: str = direction) -> Call:
-                    function, inputs = op.make(at, backend)
-                    if direction == PASSES:
-                        return _passes(operators()["bi_wkv"].backends[backend], inputs)
-                    return _call(direction, function, inputs)
-
+                make = functools.partial(_make, name, at, backend, direction)
                 yield Case(labels, make, tensors * math.prod(at.shape) * at.dtype.itemsize)
 
 

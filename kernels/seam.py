@@ -32,7 +32,6 @@ def check_tensors(op: str, tensors: Mapping[str, Tensor]) -> None:
         TypeError: an argument is not a floating point tensor of 16, 32 or 64 bits.
         ValueError: they are on several devices.
     """
-    device, several = None, False
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{op} needs a tensor for {name}, got {type(x).__name__}")
@@ -41,11 +40,10 @@ def check_tensors(op: str, tensors: Mapping[str, Tensor]) -> None:
                 f"{op} needs {name} in float32, float64, bfloat16 or float16, got {x.dtype}; "
                 f"convert it, for example with {name}.float()"
             )
-        several = several or x.device != (device or x.device)
-        device = x.device
-    if not several:
+    if len({x.device for x in tensors.values()}) == 1:
         return
     *_, last = tensors
+    device = tensors[last].device
     for name, x in tensors.items():
         if x.device != device:
             raise ValueError(

@@ -14,7 +14,7 @@ _GROWS = 1  # what the library returns for weights whose gradient float32 cannot
 _HEAD, _KEPT, _SEGMENT = 64, 28, 64
 
 
-def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, kept: Tensor | None = None) -> Tensor:
     """Compute Bi-WKV.
 
     Args:
@@ -22,36 +22,14 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         u: bonus of the token itself, (C,).
         k: keys, (B, T, C).
         v: values, (B, T, C).
+        kept: memory to fill for `backward`, see `keeping`.
 
     Returns:
         (B, T, C), contiguous, in v's dtype.
     """
-    return _forward(w, u, k, v, kept=None)
-
-
-def keeping(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute Bi-WKV, and keep what enters each segment for `backward`.
-
-    Args:
-        w: decay per token, (C,).
-        u: bonus of the token itself, (C,).
-        k: keys, (B, T, C).
-        v: values, (B, T, C).
-
-    Returns:
-        What `forward` returns, and 28 bytes for 64 tokens of a channel.
-    """
-    batch, tokens, channels = k.shape
-    vectors = -(-channels // cpu.LANES)
-    size = _HEAD + _KEPT * batch * -(-tokens // _SEGMENT) * vectors * cpu.LANES
-    kept = torch.empty(size, dtype=torch.uint8)
-    return _forward(w, u, k, v, kept=kept), kept
-
-
-def _forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, kept: Tensor | None) -> Tensor:
     channels = k.shape[2]
     if channels < cpu.LANES:
-        return _forward(*(_widen(x) for x in (w, u, k, v)), kept=kept)[..., :channels]
+        return forward(*(_widen(x) for x in (w, u, k, v)), kept=kept)[..., :channels]
     dtype = cpu.common_dtype(k, v)
     wide_w, wide_u = cpu.wide(w), cpu.wide(u)
     keys, values = cpu.side_by_side(k, dtype), cpu.side_by_side(v, dtype)
@@ -63,6 +41,19 @@ def _forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, kept: Tensor | None)
     )
     cpu.check(status, "bi_wkv")
     return y if dtype == v.dtype else y.to(v.dtype)
+
+
+def keeping(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `forward`, and keep what enters each segment for `backward`.
+
+    Returns:
+        What `forward` returns, and 28 bytes for 64 tokens of a channel.
+    """
+    batch, tokens, channels = k.shape
+    vectors = -(-channels // cpu.LANES)
+    size = _HEAD + _KEPT * batch * -(-tokens // _SEGMENT) * vectors * cpu.LANES
+    kept = torch.empty(size, dtype=torch.uint8)
+    return forward(w, u, k, v, kept=kept), kept
 
 
 def backward(

@@ -230,8 +230,9 @@ def test_what_does_not_fit_is_not_kept(how: str) -> None:
         kept[64:] = 255
     else:
         used = cpu.instruction_set()
+        if used == "generic":
+            pytest.skip("this processor has the generic instruction set only")
         cpu.use_instruction_set("generic")
-        assert used != "generic"
         try:
             _, kept = _keep(inputs, grad)
         finally:

@@ -141,6 +141,14 @@ INLINE void mix_column_grads(int64_t c, int64_t size, int dtype, int count,
         store_some(gmu, n * channels + c, size, sums[n], FLOAT32);
 }
 
+/* Where the first of two spans begins or ends after `begin`, else the end of the row. */
+INLINE int64_t next_cut(int64_t begin, span a, span b, int64_t width) {
+    int64_t cuts[4] = {a.begin, a.end, b.begin, b.end}, next = width;
+    for (int i = 0; i < 4; i++)
+        if (cuts[i] > begin && cuts[i] < next) next = cuts[i];
+    return next;
+}
+
 INLINE void mix_row_grads(int dtype, int count, const shift_mix_call *call, int64_t item,
                           int64_t y, float *gmu) {
     void *grads[MOST_MIXED];
@@ -152,20 +160,10 @@ INLINE void mix_row_grads(int dtype, int count, const shift_mix_call *call, int6
         span takes = span_of(call, g, y, 1), taken = span_of(call, g, y, -1);
         int64_t step = takes.step * call->x.token, back = taken.step * channels;
         int64_t first = call->edges[g], last = group_end(call, g);
-        /* The ends of both spans cut the row into at most five parts. */
-        int64_t cuts[6] = {0, takes.begin, taken.begin, takes.end, taken.end, width};
-        for (int i = 1; i < 5; i++) /* few enough to sort like this */
-            for (int j = 1; j < 4; j++)
-                if (cuts[j] > cuts[j + 1]) {
-                    int64_t swap = cuts[j];
-                    cuts[j] = cuts[j + 1];
-                    cuts[j + 1] = swap;
-                }
-        for (int i = 0; i < 5; i++) {
-            int64_t begin = cuts[i], end = cuts[i + 1];
+        for (int64_t begin = 0, end; begin < width; begin = end) {
+            end = next_cut(begin, takes, taken, width);
             int other = begin >= takes.begin && begin < takes.end;
             int taker = begin >= taken.begin && begin < taken.end;
-            if (begin == end) continue;
             if (other && taker)
                 FOR_VECTORS(first, last, mix_column_grads, dtype, count, call, grads, gmu, from,
                             to, begin, end, 1, step, 1, back);
