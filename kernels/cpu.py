@@ -7,7 +7,6 @@ import ctypes
 import functools
 import hashlib
 import importlib.machinery
-import itertools
 import struct
 from collections.abc import Sequence
 from ctypes import c_char_p, c_int, c_int64, c_void_p
@@ -36,86 +35,69 @@ _BI_WKV = struct.Struct("@i3q18q104x")
 _SHIFT_MIX = struct.Struct("@2i5q5qq3q3q8q")
 _GATE = struct.Struct("@i6q")
 MOST_MIXED = 8
-_NOTHING = (0, 0, 0)
 
 
-def rows(x: Tensor) -> tuple[int, int, int]:
-    """Describe a tensor (B, T, C), `rows` of cpu.h; it must be kept alive by the caller."""
-    batch, token, _ = x.stride()
-    return x.data_ptr(), batch, token
-
-
-def bi_wkv_call(
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    gradients: Sequence[Tensor] = (),
-) -> bytes:
-    """Pack `bi_wkv_call` of cpu.h.
+def bi_wkv_call(k: Tensor, v: Tensor, y: Tensor, *gradients: Tensor) -> bytes:
+    """Pack `bi_wkv_call` of cpu.h; the tensors must be kept alive by the caller.
 
     Args:
-        k: keys (B, T, C).
+        k: keys (B, T, C), channels side by side, as in all of them.
         v: values, of the same dtype as k.
         y: the output.
-        gradients: of the output, the keys and the values.
+        *gradients: of the output, the keys and the values.
     """
-    given = [rows(x) for x in gradients] or [_NOTHING] * 3
-    fields = itertools.chain(rows(k), rows(v), rows(y), *given)
-    return _BI_WKV.pack(DTYPE_CODES[k.dtype], *k.shape, *fields)
+    fields: list[int] = []
+    for x in (k, v, y, *gradients):
+        batch, token, _ = x.stride()
+        fields += (x.data_ptr(), batch, token)
+    return _BI_WKV.pack(DTYPE_CODES[k.dtype], *k.shape, *fields, *[0] * (18 - len(fields)))
 
 
 def shift_mix_call(
     x: Tensor,
     mu: Tensor,
-    grid: tuple[int, int],
-    pixels: int,
-    edges: Sequence[int],
+    settings: tuple[int, int, int, Sequence[int]],
     mixed: Sequence[Tensor],
     gx: Tensor | None = None,
 ) -> bytes:
-    """Pack `shift_mix_call` of cpu.h.
+    """Pack `shift_mix_call` of cpu.h; the tensors must be kept alive by the caller.
 
     Args:
-        x: tokens (B, T, C).
+        x: tokens (B, T, C), channels side by side.
         mu: proportions, float32 (N, C).
-        grid: height and width.
-        pixels: how far to move.
-        edges: limits of the groups of channels.
+        settings: height and width of the grid, how far to move, limits of the groups of channels.
         mixed: the N outputs, or their gradients.
         gx: where the gradient of x goes.
-
     """
-    batch, _, channels = x.shape
-    pointers = [one.data_ptr() for one in mixed] + [0] * (MOST_MIXED - len(mixed))
-    return _SHIFT_MIX.pack(
-        DTYPE_CODES[x.dtype],
-        len(mixed),
-        batch,
-        *grid,
-        channels,
-        pixels,
-        *edges,
-        mu.data_ptr(),
-        *rows(x),
-        *(_NOTHING if gx is None else rows(gx)),
-        *pointers,
-    )
+    h, w, pixels, edges = settings
+    count, channels = mu.shape
+    batch, token, _ = x.stride()
+    fields = [count, x.shape[0], h, w, channels, pixels, *edges]
+    fields += (mu.data_ptr(), x.data_ptr(), batch, token)
+    if gx is None:
+        fields += (0, 0, 0)
+    else:
+        batch, token, _ = gx.stride()
+        fields += (gx.data_ptr(), batch, token)
+    for one in mixed:
+        fields.append(one.data_ptr())
+    return _SHIFT_MIX.pack(DTYPE_CODES[x.dtype], *fields, *[0] * (MOST_MIXED - count))
 
 
 def gate_call(
-    r: Tensor, y: Tensor, out: Tensor | None = None, gradients: Sequence[Tensor] = ()
+    r: Tensor, y: Tensor, *, grad: int = 0, out: int = 0, gr: int = 0, gy: int = 0
 ) -> bytes:
-    """Pack `gate_call` of cpu.h.
+    """Pack `gate_call` of cpu.h; the tensors must be kept alive by the caller.
 
     Args:
         r: the gate before its sigmoid.
         y: what it lets through, of the same dtype.
-        out: the output.
-        gradients: of the output, and where those of r and y go.
+        grad: address of the gradient of the output.
+        out: address of the output.
+        gr: where the gradient of r goes.
+        gy: where the gradient of y goes.
     """
-    grad, gr, gy = (g.data_ptr() for g in gradients) if gradients else (0, 0, 0)
-    written = 0 if out is None else out.data_ptr()
-    return _GATE.pack(DTYPE_CODES[r.dtype], r.data_ptr(), y.data_ptr(), grad, written, gr, gy)
+    return _GATE.pack(DTYPE_CODES[r.dtype], r.data_ptr(), y.data_ptr(), grad, out, gr, gy)
 
 
 _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
@@ -185,6 +167,7 @@ def probe(device: torch.device) -> str | None:
     return library if isinstance(library, str) else None
 
 
+@functools.cache
 def library() -> ctypes.CDLL:
     """Return the library.
 
@@ -226,26 +209,29 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
     return first
 
 
-def side_by_side(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x (B, T, C) in `dtype` with channels side by side, x itself if it is so already."""
-    if x.dtype != dtype:
-        x = x.to(dtype)
-    return x if x.stride(-1) == 1 and x.numel() > 1 else x.contiguous()
+def side_by_side(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """Return tensors (B, T, C) in `dtype` with channels side by side, copied only if need be."""
+    found = []
+    for x in tensors:
+        if x.dtype is not dtype:
+            x = x.to(dtype)
+        found.append(x if x.stride(-1) == 1 and x.numel() > 1 else x.contiguous())
+    return found
 
 
-def wide(x: Tensor) -> Tensor:
-    """Return a parameter in float32, its elements side by side; x itself if it is so already."""
-    return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
+def wide(*tensors: Tensor) -> list[Tensor]:
+    """Return parameters in float32, their elements side by side, copied only if need be."""
+    found = []
+    for x in tensors:
+        if x.dtype is not torch.float32 or not x.is_contiguous():
+            x = x.float().contiguous()
+        found.append(x)
+    return found
 
 
-def check(status: int, op: str) -> None:
-    """Raise if a function of the library did not return 0.
-
-    Raises:
-        CpuKernelError: there was no memory for its scratch space.
-    """
-    if status:
-        raise CpuKernelError(f"{op} found no memory for its scratch space; free some and try again")
+def failed(op: str) -> CpuKernelError:
+    """Return the error for a function of the library that did not return 0."""
+    return CpuKernelError(f"{op} found no memory for its scratch space; free some and try again")
 
 
 def sum_of_parts(parts: Tensor, like: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """Which backend serves a call of an operator, and why another one cannot.
 
 The first of these that names a backend wins: the `backend` argument of the call, the innermost
-`use_backend(name)`, the environment variable `VISION_KERNELS_BACKEND`. Without a name the first
-available backend of the operator's order for the device serves. A backend that was named either
+`use_backend(name)`, the environment variable `VISION_KERNELS_BACKEND`, which is read once, at the
+first call of an operator. Without a name the first available backend of the operator's order for
+the device serves. A backend that was named either
 serves or raises; it is never replaced silently. A name given for all operators at once, by
 `use_backend` or the environment, binds those that have a backend of this name.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     "Operator",
     "list_backends",
     "operators",
+    "read_environment",
     "use_backend",
 ]
 
@@ -80,6 +82,7 @@ class Availability:
 # Both are replaced, never changed in place: torch.compile guards on what it has read.
 _operators: dict[str, "Operator"] = {}
 _scope: dict[str, str] = {}
+_environment: dict[str, str] | None = None
 
 
 class Operator:
@@ -102,8 +105,7 @@ class Operator:
         self.backends = {backend.name: backend for backend in backends}
         self.order = {device: tuple(names) for device, names in order.items()}
         self._reasons: dict[tuple[str, str], str | None] = {}
-        # What served under a scope of `use_backend`, by everything else that chooses.
-        self._served: tuple[dict[str, str] | None, dict[Any, Backend]] = (None, {})
+        self.forget()
         missing = {n for names in self.order.values() for n in names} - set(self.backends)
         if missing or _EVERY_OPERATOR not in self.order:
             raise ValueError(
@@ -113,20 +115,12 @@ class Operator:
             )
         _operators[name] = self
 
-    def serving(self, argument: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
-        """Return what `resolve(requested(argument), device, dtype)` does, remembered.
+    def forget(self) -> None:
+        """Choose again at the next call of every kind.
 
-        Small operators take no longer than the choice of their backend.
+        `served` is replaced, not emptied: a choice that is being made belongs to the old one.
         """
-        scope, served = self._served
-        if scope is not _scope:
-            served = {}
-            self._served = (_scope, served)
-        key = (argument, os.environ.get(ENVIRONMENT_VARIABLE), device, dtype)
-        found = served.get(key)
-        if found is None or self.backends[found.name] is not found:
-            found = served[key] = self.resolve(self.requested(argument), device, dtype)
-        return found
+        self.served: dict[Hashable, Backend] = {}
 
     def requested(self, argument: str | None = None) -> str:
         """Return the name that argument, `use_backend` or environment ask for, else `AUTO`.
@@ -145,8 +139,6 @@ class Operator:
         if named != AUTO:
             return named
         environment = _from_environment()
-        if not environment:
-            return AUTO
         if environment.get(self.name, AUTO) != AUTO:
             return self._known(environment[self.name], ENVIRONMENT_VARIABLE)
         return self._for_all(environment.get(_EVERY_OPERATOR, AUTO), ENVIRONMENT_VARIABLE)
@@ -277,6 +269,7 @@ class use_backend:
         inner = {} if self._key == _EVERY_OPERATOR else dict(_scope)
         inner[self._key] = self._name
         _scope = inner
+        _forget()
         return self
 
     def __exit__(
@@ -287,6 +280,7 @@ class use_backend:
     ) -> None:
         global _scope
         _scope = self._outer.pop()
+        _forget()
 
 
 def _checked_operator(op: str | None) -> str:
@@ -308,14 +302,27 @@ def _checked_name(name: str, key: str, source: str) -> str:
     return name
 
 
+def read_environment() -> None:
+    """Read the environment variable again, at the next call of an operator."""
+    global _environment
+    _environment = None
+    _forget()
+
+
+def _forget() -> None:
+    for op in _operators.values():
+        op.forget()
+
+
 def _from_environment() -> dict[str, str]:
     """Read `torch` or `bi_wkv=torch,wkv6=triton`; names are checked by the operator concerned."""
-    text = os.environ.get(ENVIRONMENT_VARIABLE)
-    if not text:
-        return {}
+    global _environment
+    if _environment is not None:
+        return _environment
     named = {}
-    for item in text.split(","):
+    for item in os.environ.get(ENVIRONMENT_VARIABLE, "").split(","):
         if item.strip():
             op, equals, name = item.rpartition("=")
             named[op.strip() if equals else _EVERY_OPERATOR] = name.strip()
+    _environment = named
     return named

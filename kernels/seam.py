@@ -1,8 +1,12 @@
 """What the operators share: checks of arguments, precision, the way from a call to its backend.
 
 Two ways lead there. A graph that is traced (torch.compile, export, fake tensors, modes) gets one
-node, the custom operator of the package. A plain eager call goes by
-`Seam.apply`: the wrapping of a custom operator costs 40 µs, more than a small gate itself.
+node, the custom operator of the package. A plain eager call goes by `Seam`: the wrapping of a
+custom operator costs 40 µs, more than a small gate itself.
+
+Between two calls the data of a model passes through the caches of the processor, so a call finds
+little of its own code there and each Python function on its way costs 2 µs. Therefore a call like
+an earlier one repeats neither its checks nor the choice of a backend (`Seam.again`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,14 +14,16 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C import _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .dispatch import Backend
+from .dispatch import Backend, Operator
 
 __all__ = ["Seam", "check_tensors", "compute_dtype", "is_eager"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+# So many kinds of calls are remembered: images of every size must not fill the memory.
+_MOST_KINDS = 256
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -65,50 +71,89 @@ def is_eager(*tensors: Tensor) -> bool:
     for x in tensors:
         if type(x) not in _PLAIN:
             return False
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and _get_current_dispatch_mode() is None
-    )
+    return not (torch.compiler.is_compiling() or _is_tracing() or _len_torch_dispatch_stack())
 
 
 class Seam:
     """How calls of one operator reach a backend outside of traced graphs.
 
     Args:
-        op: the operator's name.
+        operator: the operator.
         instead: name of the function of ordinary torch operators, for a second derivative.
         saves_output: the backward functions of the backends take the output before its gradient.
         several: the output is a list of tensors, and so is its gradient.
     """
 
     def __init__(
-        self, op: str, instead: str, *, saves_output: bool = False, several: bool = False
+        self, operator: Operator, instead: str, *, saves_output: bool = False, several: bool = False
     ) -> None:
-        self.op = op
+        self.operator = operator
         self.instead = instead
         self.saves_output = saves_output
         self.several = several
 
-    def apply(self, serving: Backend, tensors: Sequence[Tensor], *settings: Any) -> Any:
-        """Run a backend's forward, and its backward in the backward pass.
+    def again(self, backend: str | None, tensors: Sequence[Tensor], *settings: Any) -> Any:
+        """Make an eager call like one that `first` made, unchecked.
 
         Args:
-            serving: the backend.
+            backend: the backend that the caller names.
             tensors: the operator's tensors.
-            *settings: what the backend's functions take after the tensors.
+            *settings: what the backend's functions take after the tensors; they can be hashed.
 
         Returns:
-            The output, contiguous; a list if there are several.
+            The output, contiguous, a list if there are several. None if there was no such call.
         """
-        if _needs_graph(tensors):
+        if torch.compiler.is_compiling():
+            return None
+        kind, differentiable = [backend, *settings], False
+        for x in tensors:
+            if type(x) not in _PLAIN:
+                return None
+            kind += (x.dtype, x.shape, x.device)
+            differentiable = differentiable or x.requires_grad
+        operator = self.operator
+        serving = operator.served.get(tuple(kind))
+        if serving is None or operator.backends[serving.name] is not serving:
+            return None
+        if _is_tracing() or _len_torch_dispatch_stack():
+            return None
+        # Forward mode goes there too, to be refused.
+        if (differentiable and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
             output = _Eager.apply(self, serving, settings, *tensors)
             return list(output) if self.several else output
-        return self.contiguous(serving.forward(*tensors, *settings))
-
-    def contiguous(self, output: Any) -> Any:
-        """Return the output of a backend with its elements side by side."""
+        output = serving.forward(*tensors, *settings)
         return [y.contiguous() for y in output] if self.several else output.contiguous()
+
+    def first(self, backend: str | None, tensors: Sequence[Tensor], *settings: Any) -> Any:
+        """Make an eager call whose arguments have been checked, and remember how.
+
+        Args:
+            backend: the backend that the caller names.
+            tensors: the operator's tensors.
+            *settings: what the backend's functions take after the tensors; they can be hashed.
+
+        Returns:
+            As `again`. None where the call belongs into a traced graph, or is to be exported.
+
+        Raises:
+            ValueError: no backend has that name.
+            BackendUnavailableError: the backend that was asked for cannot run here.
+        """
+        if not is_eager(*tensors):
+            return None
+        kind = [backend, *settings]
+        for x in tensors:
+            kind += (x.dtype, x.shape, x.device)
+        operator = self.operator
+        if len(operator.served) >= _MOST_KINDS:
+            operator.forget()
+        served = operator.served
+        name, dtype = operator.requested(backend), compute_dtype(*tensors)
+        serving = operator.resolve(name, tensors[0].device, dtype)
+        if serving.name == "export":
+            return None
+        served[tuple(kind)] = serving
+        return self.again(backend, tensors, *settings)
 
     def refuse(self, ctx: Any, *grads: Any) -> NoReturn:
         """Be the backward function of the backward operator.
@@ -117,20 +162,9 @@ class Seam:
             RuntimeError: always, since the operator is differentiable once.
         """
         raise RuntimeError(
-            f"{self.op} is differentiable once, a second derivative was asked for; use "
+            f"{self.operator.name} is differentiable once, a second derivative was asked for; use "
             f"{self.instead}, which is made of ordinary torch operators"
         )
-
-
-def _needs_graph(tensors: Sequence[Tensor]) -> bool:
-    """Say whether derivatives may be asked for, also in forward mode, which is then refused."""
-    if forward_ad._current_level >= 0:
-        return True
-    if torch.is_grad_enabled():
-        for x in tensors:
-            if x.requires_grad:
-                return True
-    return False
 
 
 class _Eager(torch.autograd.Function):
@@ -143,7 +177,7 @@ class _Eager(torch.autograd.Function):
             output = serving.forward(*tensors, *settings)
         else:
             output, *kept = serving.keeping(*tensors, *settings)
-        output = seam.contiguous(output)
+        output = [y.contiguous() for y in output] if seam.several else output.contiguous()
         ctx.call = seam, serving, settings, len(kept)
         ctx.save_for_backward(*tensors, *[output] * seam.saves_output, *kept)
         return tuple(output) if seam.several else output

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import cpu as kernels_cpu
 from .. import triton_support
 from ..dispatch import Backend, Operator
-from ..seam import Seam, check_tensors, compute_dtype, is_eager
+from ..seam import Seam, check_tensors, compute_dtype
 from . import cpu, cuda, export, reference, scan, triton_kernel
 
 __all__ = ["OPERATOR", "bi_wkv"]
@@ -38,7 +38,7 @@ OPERATOR = Operator(
     ],
     order={"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch"), "*": ("torch",)},
 )
-_SEAM = Seam("bi_wkv", "vision.kernels.bi_wkv.export.bi_wkv_cumsum", saves_output=True)
+_SEAM = Seam(OPERATOR, "vision.kernels.bi_wkv.export.bi_wkv_cumsum", saves_output=True)
 
 
 def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
@@ -70,11 +70,13 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, backend: str | None = 
         ValueError: shapes or devices do not match, a dimension is empty, unknown backend.
         BackendUnavailableError: the backend that was asked for cannot run here.
     """
-    _check(w, u, k, v)
-    if is_eager(w, u, k, v):
-        serving = OPERATOR.serving(backend, k.device, compute_dtype(w, u, k, v))
-        if serving.name != "export":
-            return _SEAM.apply(serving, (w, u, k, v))
+    tensors = w, u, k, v
+    y = _SEAM.again(backend, tensors)
+    if y is None:
+        _check(w, u, k, v)
+        y = _SEAM.first(backend, tensors)
+    if y is not None:
+        return y
     name = OPERATOR.requested(backend)
     if name == "export" or torch.onnx.is_in_onnx_export():
         return export.bi_wkv_cumsum(w, u, k, v)

@@ -1,7 +1,5 @@
 """Bi-WKV by the compiled CPU kernels (csrc/bi_wkv_cpu.h says how they work)."""
 
-import ctypes
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,17 +28,20 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, kept: Tensor | None =
     channels = k.shape[2]
     if channels < cpu.LANES:
         return forward(*(_widen(x) for x in (w, u, k, v)), kept=kept)[..., :channels]
+    wide_w, wide_u = cpu.wide(w, u)
     dtype = cpu.common_dtype(k, v)
-    wide_w, wide_u = cpu.wide(w), cpu.wide(u)
-    keys, values = cpu.side_by_side(k, dtype), cpu.side_by_side(v, dtype)
+    keys, values = cpu.side_by_side(dtype, k, v)
     y = torch.empty_like(values, memory_format=torch.contiguous_format)
-    library = cpu.library()
-    call = cpu.bi_wkv_call(keys, values, y)
-    status = library.vision_bi_wkv(
-        call, wide_w.data_ptr(), wide_u.data_ptr(), *_memory(kept), *_parts(library, k)
+    status = cpu.library().vision_bi_wkv(
+        cpu.bi_wkv_call(keys, values, y),
+        wide_w.data_ptr(),
+        wide_u.data_ptr(),
+        *((0, 0) if kept is None else (kept.data_ptr(), kept.numel())),
+        *_parts(k),
     )
-    cpu.check(status, "bi_wkv")
-    return y if dtype == v.dtype else y.to(v.dtype)
+    if status:
+        raise cpu.failed("bi_wkv")
+    return y if dtype is v.dtype else y.to(v.dtype)
 
 
 def keeping(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,35 +88,34 @@ def backward(
         padded = backward(*(_widen(x) for x in (w, u, k, v, y, gy)), kept=kept)
         gw, gu, gk, gv = (grad[..., :channels] for grad in padded)
         return gw, gu, gk, gv
+    wide_w, wide_u = cpu.wide(w, u)
     dtype = cpu.common_dtype(k, v, gy)
-    wide_w, wide_u = cpu.wide(w), cpu.wide(u)
-    keys, values, grads = (cpu.side_by_side(x, dtype) for x in (k, v, gy))
+    keys, values, grads = cpu.side_by_side(dtype, k, v, gy)
     gk, gv = torch.empty(k.shape, dtype=dtype), torch.empty(v.shape, dtype=dtype)
-    library = cpu.library()
-    threads, parts = _parts(library, k)
     gw, gu = torch.empty_like(wide_w), torch.empty_like(wide_u)
-    rounded = y.dtype != dtype
-    result = forward(w, u, keys, values) if rounded else y
-    call = cpu.bi_wkv_call(keys, values, result, (grads, gk, gv))
-    parameters = (x.data_ptr() for x in (wide_w, wide_u, gw, gu))
-    status = library.vision_bi_wkv_grads(call, *parameters, *_memory(kept), threads, parts)
+    result = y if y.dtype is dtype else forward(w, u, keys, values)
+    status = cpu.library().vision_bi_wkv_grads(
+        cpu.bi_wkv_call(keys, values, result, grads, gk, gv),
+        wide_w.data_ptr(),
+        wide_u.data_ptr(),
+        gw.data_ptr(),
+        gu.data_ptr(),
+        *((0, 0) if kept is None else (kept.data_ptr(), kept.numel())),
+        *_parts(k),
+    )
     if status == _GROWS:
         wide = scan.backward(w.double(), u.double(), k.double(), v.double(), y, gy.double())
         gw, gu, gk, gv = (g.to(x.dtype) for g, x in zip(wide, (w, u, k, v), strict=True))
         return gw, gu, gk, gv
-    cpu.check(status, "bi_wkv")
+    if status:
+        raise cpu.failed("bi_wkv")
     return gw.to(w.dtype), gu.to(u.dtype), gk.to(k.dtype), gv.to(v.dtype)
 
 
-def _memory(kept: Tensor | None) -> tuple[int, int]:
-    """Return where what is kept lies, and its bytes."""
-    return (0, 0) if kept is None else (kept.data_ptr(), kept.numel())
-
-
-def _parts(library: ctypes.CDLL, k: Tensor) -> tuple[int, int]:
+def _parts(k: Tensor) -> tuple[int, int]:
     """Return the number of threads and of parts of the tokens."""
     threads = cpu.threads_for(k.numel())
-    return threads, 1 if threads == 1 else library.vision_bi_wkv_parts(*k.shape, threads)
+    return threads, 1 if threads == 1 else cpu.library().vision_bi_wkv_parts(*k.shape, threads)
 
 
 def _widen(x: Tensor) -> Tensor:

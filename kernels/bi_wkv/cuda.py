@@ -129,8 +129,8 @@ def _prepare(
     plan: Plan, dtype: torch.dtype, w: Tensor, u: Tensor, **tensors: Tensor
 ) -> tuple[_Call, list[Tensor]]:
     """Return a call with its inputs, and the tensors it points to."""
-    w, u = wide(w), wide(u)
-    rows = {name: side_by_side(x, dtype) for name, x in tensors.items()}
+    w, u = wide(w, u)
+    rows = dict(zip(tensors, side_by_side(dtype, *tensors.values()), strict=True))
     batch, tokens, channels = rows["k"].shape
     call = _Call(
         dtype=DTYPE_CODES[dtype],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import triton_support
 from ..dispatch import Backend, Operator
-from ..seam import Seam, check_tensors, compute_dtype, is_eager
+from ..seam import Seam, check_tensors, compute_dtype
 from . import plain, reference, triton_kernel
 
 __all__ = ["OPERATOR", "deform_attn"]
@@ -33,7 +33,7 @@ OPERATOR = Operator(
     ],
     order={"cuda": ("triton", "torch"), "*": ("torch",)},
 )
-_SEAM = Seam("deform_attn", "vision.kernels.deform_attn.plain.deform_attn_plain")
+_SEAM = Seam(OPERATOR, "vision.kernels.deform_attn.plain.deform_attn_plain")
 
 
 def deform_attn(
@@ -71,13 +71,14 @@ def deform_attn(
         ValueError: shapes or devices do not match, a dimension is empty, or an unknown backend.
         BackendUnavailableError: the backend that was asked for cannot run here.
     """
-    shapes = [(h, w) for h, w in shapes]
-    _check(value, locations, weights, shapes)
+    shapes = tuple((h, w) for h, w in shapes)
     tensors = value, locations, weights
-    if is_eager(*tensors):
-        serving = OPERATOR.serving(backend, value.device, compute_dtype(*tensors))
-        if serving.name != "export":
-            return _SEAM.apply(serving, tensors, shapes)
+    y = _SEAM.again(backend, tensors, shapes)
+    if y is None:
+        _check(value, locations, weights, shapes)
+        y = _SEAM.first(backend, tensors, shapes)
+    if y is not None:
+        return y
     name = OPERATOR.requested(backend)
     if name == "export" or torch.onnx.is_in_onnx_export():
         return plain.deform_attn_plain(*tensors, shapes).contiguous()

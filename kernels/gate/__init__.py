@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import cpu as kernels_cpu
 from .. import triton_support
 from ..dispatch import Backend, Operator
-from ..seam import Seam, check_tensors, compute_dtype, is_eager
+from ..seam import Seam, check_tensors, compute_dtype
 from . import cpu, plain, reference, triton_kernel
 
 __all__ = ["OPERATOR", "gate"]
@@ -30,7 +30,7 @@ OPERATOR = Operator(
     ],
     order={"cpu": ("cpu", "torch"), "cuda": ("triton", "torch"), "*": ("torch",)},
 )
-_SEAM = Seam("gate", "vision.kernels.gate.plain.gate_plain")
+_SEAM = Seam(OPERATOR, "vision.kernels.gate.plain.gate_plain")
 
 
 def gate(r: Tensor, y: Tensor, *, backend: str | None = None) -> Tensor:
@@ -51,17 +51,23 @@ def gate(r: Tensor, y: Tensor, *, backend: str | None = None) -> Tensor:
         ValueError: shapes or devices differ, or an unknown backend.
         BackendUnavailableError: the backend that was asked for cannot run here.
     """
-    check_tensors("gate", {"r": r, "y": y})
-    if r.shape != y.shape:
-        raise ValueError(f"gate needs r and y of one shape, got {tuple(r.shape)}, {tuple(y.shape)}")
-    if is_eager(r, y):
-        serving = OPERATOR.serving(backend, y.device, compute_dtype(r, y))
-        if serving.name != "export":
-            return _SEAM.apply(serving, (r, y))
+    tensors = r, y
+    gated = _SEAM.again(backend, tensors)
+    if gated is None:
+        _check(r, y)
+        gated = _SEAM.first(backend, tensors)
+    if gated is not None:
+        return gated
     name = OPERATOR.requested(backend)
     if name == "export" or torch.onnx.is_in_onnx_export():
         return plain.gate_plain(r, y).contiguous()
     return _forward_op(r, y, name)
+
+
+def _check(r: Tensor, y: Tensor) -> None:
+    check_tensors("gate", {"r": r, "y": y})
+    if r.shape != y.shape:
+        raise ValueError(f"gate needs r and y of one shape, got {tuple(r.shape)}, {tuple(y.shape)}")
 
 
 @torch.library.custom_op("vision::gate", mutates_args=())

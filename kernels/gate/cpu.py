@@ -13,8 +13,9 @@ def forward(r: Tensor, y: Tensor) -> Tensor:
         r, y = r.to(result), y.to(result)
     r, y = r.contiguous(), y.contiguous()
     out, size = torch.empty_like(y), y.numel()
-    status = cpu.library().vision_gate(cpu.gate_call(r, y, out), size, cpu.threads_for(size))
-    cpu.check(status, "gate")
+    call = cpu.gate_call(r, y, out=out.data_ptr())
+    if cpu.library().vision_gate(call, size, cpu.threads_for(size)):
+        raise cpu.failed("gate")
     return out
 
 
@@ -23,7 +24,7 @@ def backward(r: Tensor, y: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     dtype = cpu.common_dtype(r, y, grad)
     open_, value, grad = (x.to(dtype).contiguous() for x in (r, y, grad))
     gr, gy = torch.empty(r.shape, dtype=dtype), torch.empty(y.shape, dtype=dtype)
-    call = cpu.gate_call(open_, value, gradients=(grad, gr, gy))
-    status = cpu.library().vision_gate_grads(call, y.numel(), cpu.threads_for(y.numel()))
-    cpu.check(status, "gate")
+    call = cpu.gate_call(open_, value, grad=grad.data_ptr(), gr=gr.data_ptr(), gy=gy.data_ptr())
+    if cpu.library().vision_gate_grads(call, y.numel(), cpu.threads_for(y.numel())):
+        raise cpu.failed("gate")
     return gr.to(r.dtype), gy.to(y.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import cpu as kernels_cpu
 from .. import triton_support
 from ..dispatch import Backend, Operator
-from ..seam import Seam, check_tensors, compute_dtype, is_eager
+from ..seam import Seam, check_tensors, compute_dtype
 from . import cpu, plain, reference, triton_kernel
 
 __all__ = ["OPERATOR", "shift_mix"]
@@ -34,7 +34,7 @@ OPERATOR = Operator(
     ],
     order={"cpu": ("cpu", "torch"), "cuda": ("triton", "torch"), "*": ("torch",)},
 )
-_SEAM = Seam("shift_mix", "vision.kernels.shift_mix.plain.shift_mix_plain", several=True)
+_SEAM = Seam(OPERATOR, "vision.kernels.shift_mix.plain.shift_mix_plain", several=True)
 
 
 def shift_mix(
@@ -71,21 +71,21 @@ def shift_mix(
         ValueError: shapes, grid, edges or devices do not match, or an unknown backend.
         BackendUnavailableError: the backend that was asked for cannot run here.
     """
-    check_tensors("shift_mix", {"mu": mu, "x": x})
-    h, w = hw
-    starts = list(edges)
-    _check_shapes(x, mu, h, w, pixels, starts)
-    if is_eager(x, mu):
-        serving = OPERATOR.serving(backend, x.device, compute_dtype(x, mu))
-        if serving.name != "export":
-            return _SEAM.apply(serving, (x, mu), h, w, pixels, starts)
+    tensors, h, w, starts = (x, mu), *hw, tuple(edges)
+    mixed = _SEAM.again(backend, tensors, h, w, pixels, starts)
+    if mixed is None:
+        _check(x, mu, h, w, pixels, starts)
+        mixed = _SEAM.first(backend, tensors, h, w, pixels, starts)
+    if mixed is not None:
+        return mixed
     name = OPERATOR.requested(backend)
     if name == "export" or torch.onnx.is_in_onnx_export():
         return plain.shift_mix_plain(x, mu, h, w, pixels, starts)
-    return _forward_op(x, mu, h, w, pixels, starts, name)
+    return _forward_op(x, mu, h, w, pixels, list(starts), name)
 
 
-def _check_shapes(x: Tensor, mu: Tensor, h: int, w: int, pixels: int, edges: list[int]) -> None:
+def _check(x: Tensor, mu: Tensor, h: int, w: int, pixels: int, edges: Sequence[int]) -> None:
+    check_tensors("shift_mix", {"mu": mu, "x": x})
     if x.dim() != 3 or mu.dim() != 2 or mu.shape[1] != x.shape[2] or 0 in mu.shape or 0 in x.shape:
         raise ValueError(
             "shift_mix needs tokens (B, T, C) and proportions (N, C) of one C, none of them "
@@ -104,7 +104,7 @@ def _check_shapes(x: Tensor, mu: Tensor, h: int, w: int, pixels: int, edges: lis
     if len(edges) != 5 or not 0 == edges[0] <= edges[1] <= edges[2] <= edges[3] <= edges[4] <= c:
         raise ValueError(
             f"shift_mix needs five rising channel numbers from 0 to at most {c} as edges, "
-            f"got {edges}"
+            f"got {list(edges)}"
         )
 
 

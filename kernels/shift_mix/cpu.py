@@ -12,13 +12,11 @@ def forward(
     x: Tensor, mu: Tensor, h: int, w: int, pixels: int, edges: Sequence[int]
 ) -> list[Tensor]:
     """Compute `shift_mix` (see there)."""
-    tokens = cpu.side_by_side(x, x.dtype)
-    shape, dtype = x.shape, x.dtype
-    mixed = [torch.empty(shape, dtype=dtype) for _ in range(mu.shape[0])]
-    proportions = cpu.wide(mu)
-    call = cpu.shift_mix_call(tokens, proportions, (h, w), pixels, edges, mixed)
-    status = cpu.library().vision_shift_mix(call, cpu.threads_for(x.numel()))
-    cpu.check(status, "shift_mix")
+    (tokens,), (proportions,) = cpu.side_by_side(x.dtype, x), cpu.wide(mu)
+    mixed = [torch.empty(x.shape, dtype=x.dtype) for _ in range(mu.shape[0])]
+    call = cpu.shift_mix_call(tokens, proportions, (h, w, pixels, edges), mixed)
+    if cpu.library().vision_shift_mix(call, cpu.threads_for(x.numel())):
+        raise cpu.failed("shift_mix")
     return mixed
 
 
@@ -32,12 +30,11 @@ def backward(
     edges: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients; arguments and result as `plain.backward`."""
-    tokens, grads = cpu.side_by_side(x, x.dtype), [g.contiguous() for g in grads]
-    proportions = cpu.wide(mu)
-    gx = torch.empty(x.shape, dtype=x.dtype)
-    call = cpu.shift_mix_call(tokens, proportions, (h, w), pixels, edges, grads, gx)
+    (tokens,), (proportions,) = cpu.side_by_side(x.dtype, x), cpu.wide(mu)
+    grads, gx = [g.contiguous() for g in grads], torch.empty(x.shape, dtype=x.dtype)
+    call = cpu.shift_mix_call(tokens, proportions, (h, w, pixels, edges), grads, gx)
     library = cpu.library()
     gmu = torch.zeros(library.vision_shift_mix_parts(call), *mu.shape, dtype=torch.float64)
-    status = library.vision_shift_mix_grads(call, gmu.data_ptr(), cpu.threads_for(x.numel()))
-    cpu.check(status, "shift_mix")
+    if library.vision_shift_mix_grads(call, gmu.data_ptr(), cpu.threads_for(x.numel())):
+        raise cpu.failed("shift_mix")
     return gx, cpu.sum_of_parts(gmu, mu)

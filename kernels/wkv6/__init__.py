@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import triton_support
 from ..dispatch import Backend, Operator
-from ..seam import Seam, check_tensors, compute_dtype, is_eager
+from ..seam import Seam, check_tensors, compute_dtype
 from . import chunked, export, reference, triton_kernel
 
 __all__ = ["OPERATOR", "wkv6_bi"]
@@ -31,7 +31,7 @@ OPERATOR = Operator(
     ],
     order={"cuda": ("triton", "torch"), "*": ("torch",)},
 )
-_SEAM = Seam("wkv6_bi", "vision.kernels.wkv6.export.wkv6_bi_dense")
+_SEAM = Seam(OPERATOR, "vision.kernels.wkv6.export.wkv6_bi_dense")
 
 
 def wkv6_bi(
@@ -65,11 +65,13 @@ def wkv6_bi(
         ValueError: shapes or devices do not match, a dimension is empty, unknown backend.
         BackendUnavailableError: the backend that was asked for cannot run here.
     """
-    _check(r, k, v, w, u)
-    if is_eager(r, k, v, w, u):
-        serving = OPERATOR.serving(backend, k.device, compute_dtype(r, k, v, w, u))
-        if serving.name != "export":
-            return _SEAM.apply(serving, (r, k, v, w, u))
+    tensors = r, k, v, w, u
+    y = _SEAM.again(backend, tensors)
+    if y is None:
+        _check(r, k, v, w, u)
+        y = _SEAM.first(backend, tensors)
+    if y is not None:
+        return y
     name = OPERATOR.requested(backend)
     if name == "export" or torch.onnx.is_in_onnx_export():
         return export.wkv6_bi_dense(r, k, v, w, u)

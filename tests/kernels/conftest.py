@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vision.kernels.dispatch import ENVIRONMENT_VARIABLE, read_environment
 from vision.kernels.triton_support import is_interpreted
 
 
@@ -51,6 +52,22 @@ def _bi_wkv_inputs(
 def bi_wkv_inputs() -> Callable[..., tuple[dict[str, Tensor], Tensor]]:
     """The function that makes inputs of bi_wkv and a gradient."""
     return _bi_wkv_inputs
+
+
+@pytest.fixture
+def backends_named() -> Iterator[Callable[[str | None], None]]:
+    """A function that sets the environment variable for backends, or takes it away."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def name(text: str | None) -> None:
+            if text is None:
+                patch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+            else:
+                patch.setenv(ENVIRONMENT_VARIABLE, text)
+            read_environment()
+
+        yield name
+    read_environment()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -367,7 +367,9 @@ def test_work_grows_with_the_number_of_tokens(per_token: bool) -> None:
     assert counts[1] < 1.1 * 16 * counts[0]
 
 
-def test_backward_keeps_the_backend_of_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backward_keeps_the_backend_of_forward(
+    monkeypatch: pytest.MonkeyPatch, backends_named: Callable[[str | None], None]
+) -> None:
     served = []
     for name in ("torch", "reference"):
         backend = OPERATOR.backends[name]
@@ -382,7 +384,7 @@ def test_backward_keeps_the_backend_of_forward(monkeypatch: pytest.MonkeyPatch) 
     leaves = [x.requires_grad_() for x in inputs.values()]
     with use_backend("reference"):
         y = bi_wkv(*leaves)
-    monkeypatch.setenv("VISION_KERNELS_BACKEND", "torch")
+    backends_named("torch")
     thread = threading.Thread(target=y.backward, args=(grad,))
     with use_backend("torch"):
         thread.start()

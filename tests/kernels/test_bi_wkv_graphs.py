@@ -98,6 +98,7 @@ def test_compiled_graph_holds_one_node_each_way() -> None:
 
 def test_compiled_code_follows_use_backend_and_environment(
     monkeypatch: pytest.MonkeyPatch,
+    backends_named: Callable[[str | None], None],
 ) -> None:
     served = []
     for name in ("cpu", "torch", "reference"):
@@ -111,7 +112,7 @@ def test_compiled_code_follows_use_backend_and_environment(
     compiled = torch.compile(lambda *x: bi_wkv(*x), fullgraph=True, backend="eager")
     inputs = make()
     compiled(*inputs)
-    monkeypatch.setenv("VISION_KERNELS_BACKEND", "reference")
+    backends_named("reference")
     compiled(*inputs)
     with use_backend("torch"):
         compiled(*inputs)

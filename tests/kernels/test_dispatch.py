@@ -3,12 +3,14 @@
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vision.kernels import (
     BackendUnavailableError,
@@ -49,10 +51,12 @@ def probe() -> _Probe:
 
 
 @pytest.fixture
-def op(monkeypatch: pytest.MonkeyPatch, probe: _Probe) -> Iterator[Operator]:
+def op(
+    monkeypatch: pytest.MonkeyPatch, backends_named: Callable[[str | None], None], probe: _Probe
+) -> Iterator[Operator]:
     """An operator "twice": "fast" cannot run, "half" computes in bfloat16 only, "slow" serves."""
     monkeypatch.setattr(dispatch, "_operators", dict(dispatch._operators))
-    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    backends_named(None)
     backends = [
         Backend("fast", _forward, _backward, probe),
         Backend("half", _forward, _backward, dtypes=frozenset([torch.bfloat16])),
@@ -62,10 +66,10 @@ def op(monkeypatch: pytest.MonkeyPatch, probe: _Probe) -> Iterator[Operator]:
 
 
 def test_argument_before_context_before_environment(
-    op: Operator, monkeypatch: pytest.MonkeyPatch
+    op: Operator, backends_named: Callable[[str | None], None]
 ) -> None:
     assert op.requested() == AUTO
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "slow")
+    backends_named("slow")
     assert op.requested() == "slow"
     with use_backend("half"):
         assert op.requested() == "half"
@@ -92,18 +96,20 @@ def test_context_for_one_operator(op: Operator) -> None:
 
 
 def test_a_name_for_all_binds_those_that_have_it(
-    op: Operator, monkeypatch: pytest.MonkeyPatch
+    op: Operator, backends_named: Callable[[str | None], None]
 ) -> None:
     with use_backend("reference"):
         assert op.requested() == AUTO
         assert dispatch.operators()["bi_wkv"].requested() == "reference"
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    backends_named("reference")
     assert op.requested() == AUTO
     assert dispatch.operators()["bi_wkv"].requested() == "reference"
 
 
-def test_environment_for_one_operator(op: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, " bi_wkv=reference, slow ")
+def test_environment_for_one_operator(
+    op: Operator, backends_named: Callable[[str | None], None]
+) -> None:
+    backends_named(" bi_wkv=reference, slow ")
     assert op.requested() == "slow"
     assert dispatch.operators()["bi_wkv"].requested() == "reference"
 
@@ -113,7 +119,9 @@ def test_order_takes_the_first_available(op: Operator) -> None:
     assert op.resolve(AUTO, CPU, torch.bfloat16).name == "half"
 
 
-def test_unknown_name_lists_the_names(op: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_name_lists_the_names(
+    op: Operator, backends_named: Callable[[str | None], None]
+) -> None:
     with pytest.raises(ValueError, match=r"'quick', which the argument.*fast, half, slow"):
         op.requested("quick")
     with pytest.raises(ValueError, match=r"'quick', which use_backend asks for.*slow"):
@@ -122,7 +130,7 @@ def test_unknown_name_lists_the_names(op: Operator, monkeypatch: pytest.MonkeyPa
         use_backend("reference", op="twice")
     with pytest.raises(ValueError, match=r"no operator 'thrice'; there are bi_wkv"):
         use_backend("slow", op="thrice")
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "quick")
+    backends_named("quick")
     with pytest.raises(ValueError, match=f"'quick', which {ENVIRONMENT_VARIABLE}.*half, slow"):
         op.requested()
 
@@ -158,9 +166,9 @@ def test_an_order_names_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
         Operator("twice", backends, {"cpu": ("slow",)})
 
 
-def test_bi_wkv_asks_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bi_wkv_asks_the_environment(backends_named: Callable[[str | None], None]) -> None:
     x = torch.zeros(1, 2, 3)
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "nothing")
+    backends_named("nothing")
     with pytest.raises(ValueError, match="'nothing', which VISION_KERNELS_BACKEND"):
         bi_wkv(x[0, 0], x[0, 0], x, x)
 
@@ -205,6 +213,7 @@ assert not [key for key in read if "VISION" in key], read
 
 def test_a_remembered_choice_follows_scope_environment_and_registry(
     monkeypatch: pytest.MonkeyPatch,
+    backends_named: Callable[[str | None], None],
 ) -> None:
     x = torch.ones(2)
     real = OPERATOR.backends["torch"]
@@ -223,9 +232,40 @@ def test_a_remembered_choice_follows_scope_environment_and_registry(
             gate(x, x)
         gate(x, x, backend="reference")
         assert len(seen) == 1
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "torch")
+    backends_named("torch")
     gate(x, x)
     assert len(seen) == 2
-    monkeypatch.delenv(ENVIRONMENT_VARIABLE)
+    backends_named(None)
     gate(x, x, backend="torch")
     assert len(seen) == 3
+
+
+def test_a_call_like_an_earlier_one_is_still_traced_and_another_one_checked() -> None:
+    x = torch.ones(2, 3)
+    gate(x, x)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        gate(x, x)
+    assert seen == ["vision::gate"]
+    traced = torch.jit.trace(lambda r: gate(r, r), x)
+    assert "vision::gate" in str(traced.graph)
+    for wrong, error in ((x[:1], ValueError), (x.int(), TypeError), (x.to("meta"), ValueError)):
+        with pytest.raises(error):
+            gate(x, wrong)
+    assert gate(x, x.double()).dtype is torch.float64
+    with pytest.raises(BackendUnavailableError):
+        gate(x, x, backend="triton")
+
+
+def test_images_of_every_size_do_not_fill_the_memory() -> None:
+    for size in range(1, 600):
+        gate(torch.ones(size), torch.ones(size))
+    assert 0 < len(OPERATOR.served) <= 256
