@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a bare checkout
 
@@ -25,7 +26,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels_report import BOTH, FORWARD, PASSES, SHAPES, TORCH, Shape, draw, summary
+from benchmarks.kernels_report import (
+    BOTH,
+    FLOOR,
+    FORWARD,
+    PASSES,
+    SHAPES,
+    TORCH,
+    Shape,
+    draw,
+    summary,
+)
 from benchmarks.measure import (
     Call,
     Case,
@@ -172,7 +183,7 @@ def _matmuls(at: Setting, backend: str) -> tuple[Function, list[Tensor]]:
 
 
 OPS = {
-    "bi_wkv": Op(_bi_wkv, {FORWARD: 3, BOTH: 9, PASSES: 9}),
+    "bi_wkv": Op(_bi_wkv, {FORWARD: 3, BOTH: 9, PASSES: 9, FLOOR: 9}),
     "wkv6_bi": Op(_wkv6_bi, {FORWARD: 5, BOTH: 14}),
     "shift_mix": Op(_shift_mix, {FORWARD: 1 + MIXED, BOTH: 3 + 2 * MIXED}),
     "gate": Op(_gate, {FORWARD: 3, BOTH: 8}),
@@ -218,6 +229,30 @@ def _passes(backend: Backend, inputs: list[Tensor]) -> Call:
     return passes
 
 
+class _Nothing(torch.autograd.Function):
+    """A function of four inputs, as bi_wkv is, that computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return inputs[-1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return (grad,) * len(ctx.saved_tensors)
+
+
+def _beside_empty_graph(call: Call) -> Call:
+    """Return the call and a graph of one empty function: what torch takes for any function."""
+    leaves = [torch.zeros(1, requires_grad=True) for _ in range(4)]
+    grad = torch.ones(1)
+
+    def both() -> list[Tensor]:
+        return [*call(), *torch.autograd.grad(_Nothing.apply(*leaves), leaves, grad)]
+
+    return both
+
+
 def _backends(name: str, at: Setting) -> dict[str, bool]:
     """Return what to compare and whether it is the default; what is O(T²) is left out."""
     op = operators().get(name)
@@ -230,8 +265,9 @@ def _backends(name: str, at: Setting) -> dict[str, bool]:
 
 def _make(name: str, at: Setting, backend: str, direction: str) -> Call:
     function, inputs = OPS[name].make(at, backend)
-    if direction == PASSES:
-        return _passes(operators()[name].backends[backend], inputs)
+    if direction in (PASSES, FLOOR):
+        passes = _passes(operators()[name].resolve(backend, at.device, at.wide), inputs)
+        return passes if direction == PASSES else _beside_empty_graph(passes)
     return _call(direction, function, inputs)
 
 

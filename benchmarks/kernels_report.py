@@ -12,6 +12,7 @@ Shape = tuple[int, int, int]
 SHAPES: tuple[Shape, ...] = ((8, 196, 192), (1, 1024, 192), (1, 4096, 192), (1, 16384, 192))
 FORWARD, BOTH = "forward", "forward + backward"
 PASSES = "both passes, no graph"  # what autograd costs is left out
+FLOOR = "both passes, empty graph"  # beside a graph of one function that does nothing
 TORCH = "torch"
 
 
@@ -56,6 +57,12 @@ LIMITS = (
     Limit(
         "bi_wkv: both passes without a graph / forward",
         Term("bi_wkv", PASSES),
+        _WKV,
+        dict.fromkeys(SHAPES, 3.5),
+    ),
+    Limit(
+        "bi_wkv: both passes beside an empty graph / forward",
+        Term("bi_wkv", FLOOR),
         _WKV,
         dict.fromkeys(SHAPES, 3.5),
     ),

@@ -337,3 +337,26 @@ class TestWeights:
                 "ade20k": f"upernet_{name}_512_160k_ade20k.pth",
                 "coco": f"mask_rcnn_{name}_fpn_1x_coco.pth",
             }
+
+
+def test_onnx_with_free_sizes_runs_elsewhere(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra [export] is not installed")
+    model = nano(depth=1, interaction_indexes=[[0, 0]])
+    torch.onnx.export(
+        model,
+        (torch.randn(2, 3, 64, 96),),
+        str(tmp_path / "m.onnx"),
+        dynamo=True,
+        dynamic_shapes=(dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),),
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
+    for shape in ((1, 3, 128, 96), (3, 3, 72, 101)):
+        x = torch.randn(shape)
+        got = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            wanted = model(x)
+        for ours, theirs in zip(wanted, got, strict=True):
+            torch.testing.assert_close(
+                torch.from_numpy(theirs), ours.detach(), rtol=1e-4, atol=1e-4
+            )
