@@ -12,6 +12,7 @@ and are never subtracted, in the backward pass neither.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -207,6 +208,8 @@ def tree(chunks: Chunks) -> Tree:
 def _scaled(x: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Return the left and the right halves of x (G, L, N) times their factors."""
     x = x.unflatten(1, (-1, left.shape[2]))
+    if left.shape[2] == 1:  # single tokens, with nothing in between: the factors are 1
+        return x[:, ::2], x[:, 1::2]
     return x[:, ::2] * left, x[:, 1::2] * right
 
 
@@ -214,23 +217,20 @@ def _carry(added: Tensor, decay: Tensor) -> Tensor:
     """Sum what the chunks add over those before each one, and over those after it.
 
     Args:
-        added: for both directions, (B·H, M, 2, N, N).
+        added: values by keys, for both directions, (B·H, M, N, 2, N).
         decay: over a whole chunk, (B·H, M, N).
 
     Returns:
         The state that each chunk finds in each direction, of the shape of `added`.
     """
     states = torch.empty_like(added)
-    last = added.shape[1] - 1
-    states[:, 0, 0] = 0
-    states[:, last, 1] = 0
-    kept = decay[..., None]
-    for c in range(last):
-        left, right = states[:, c, 0], states[:, last - c, 1]
-        torch.addcmul(added[:, c, 0], left, kept[:, c], out=states[:, c + 1, 0])
-        torch.addcmul(
-            added[:, last - c, 1], right, kept[:, last - c], out=states[:, last - c - 1, 1]
-        )
+    kept = decay[:, :, None].unbind(1)  # keys last: a factor that is one number a row is slow
+    for direction in (0, 1):
+        of, add = (x[:, :, :, direction].unbind(1) for x in (states, added))
+        order = range(len(of)) if direction == 0 else range(len(of) - 1, -1, -1)
+        of[order[0]].zero_()
+        for c, after in pairwise(order):
+            torch.addcmul(add[c], of[c], kept[c], out=of[after])
     return states
 
 
@@ -241,9 +241,9 @@ def both_directions(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def added_states(chunks: Chunks, out: Tensor) -> Tensor:
-    """Return what each chunk adds to the states of both directions, (B·H, M, 2, N, N)."""
-    states = (chunks.k.repeat(1, 1, 2) * out).mT @ chunks.v
-    return chunks.by_sequence(states.unflatten(1, (2, -1)))
+    """Return what each chunk adds to the states, values by keys, (B·H, M, N, 2, N)."""
+    states = chunks.v.mT @ (chunks.k.repeat(1, 1, 2) * out)
+    return chunks.by_sequence(states.unflatten(2, (2, -1)))
 
 
 def _output(chunks: Chunks) -> Tensor:
@@ -252,8 +252,8 @@ def _output(chunks: Chunks) -> Tensor:
     if chunks.count > 1:
         into, out = both_directions(parts.before, parts.after)
         decay = chunks.by_sequence(torch.exp(parts.total))
-        states = _carry(added_states(chunks, out), decay).flatten(0, 1).flatten(1, 2)
-        y.baddbmm_(chunks.r.repeat(1, 1, 2) * into, states)
+        states = _carry(added_states(chunks, out), decay).flatten(0, 1).flatten(2)
+        y.baddbmm_(chunks.r.repeat(1, 1, 2) * into, states.mT)
     return y
 
 
@@ -267,13 +267,13 @@ def _gradients(chunks: Chunks, gy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
         read, written = r.repeat(1, 1, 2) * into, k.repeat(1, 1, 2) * out
         decay = chunks.by_sequence(torch.exp(parts.total))
         states = _carry(added_states(chunks, out), decay)
-        g_states = chunks.by_sequence((read.mT @ gy).unflatten(1, (2, -1)))
+        g_states = chunks.by_sequence((gy.mT @ read).unflatten(2, (2, -1)))
         # The gradients run through the chunks against their states.
-        g_added = _carry(g_states.flip(2), decay).flip(2)
-        g_total = (decay * (states * g_added).sum(2).sum(-1)).flatten(0, 1)  # (G, N)
-        states, g_added = (x.flatten(0, 1).flatten(1, 2) for x in (states, g_added))
-        g_read, g_written = gy @ states.mT, v @ g_added.mT
-        gv.baddbmm_(written, g_added)
+        g_added = _carry(g_states.flip(3), decay).flip(3)
+        g_total = (decay * (states * g_added).sum((2, 3))).flatten(0, 1)  # (G, N)
+        states, g_added = (x.flatten(0, 1).flatten(2) for x in (states, g_added))
+        g_read, g_written = gy @ states, v @ g_added
+        gv.baddbmm_(written, g_added.mT)
         gr, gk = _fold_directions(g_read * into), _fold_directions(g_written * out)
         reads, writes = g_read.mul_(read), g_written.mul_(written)
         n = r.shape[2]

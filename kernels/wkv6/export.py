@@ -20,15 +20,15 @@ def wkv6_bi_dense(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tens
     parts = tree(chunks)
     into, out = both_directions(parts.before, parts.after)
     states = _gather(added_states(chunks, out), chunks.by_sequence(parts.total))
-    y = parts.scores @ chunks.v + (chunks.r.repeat(1, 1, 2) * into) @ states
+    y = parts.scores @ chunks.v + (chunks.r.repeat(1, 1, 2) * into) @ states.mT
     return chunks.unfold(y).to(v.dtype)
 
 
 def _gather(added: Tensor, total: Tensor) -> Tensor:
-    """Return the states that the chunks find, (G, 2N, N).
+    """Return the states that the chunks find, values by keys of both directions, (G, N, 2N).
 
     Args:
-        added: what the chunks add in each direction, (B·H, M, 2, N, N).
+        added: what the chunks add, values by keys, in each direction, (B·H, M, N, 2, N).
         total: logarithm of the decay over a chunk, (B·H, M, N).
     """
     position = torch.arange(added.shape[1], device=added.device)
@@ -37,9 +37,9 @@ def _gather(added: Tensor, total: Tensor) -> Tensor:
     step = torch.cat([torch.zeros_like(total[:, :1]), total[:, :-1]], 1)[:, :, None]
     fade = torch.where(apart, step, torch.zeros_like(step)).cumsum(1)  # (B·H, M, M, N)
     decay = torch.where(later, torch.exp(fade), torch.zeros_like(fade))
-    before = torch.einsum("zcdn,zdnm->zcnm", decay, added[:, :, 0])
-    after = torch.einsum("zcdn,zcnm->zdnm", decay, added[:, :, 1])
-    return torch.cat([before, after], 2).flatten(0, 1)
+    before = torch.einsum("zcdn,zdmn->zcmn", decay, added[:, :, :, 0])
+    after = torch.einsum("zcdn,zcmn->zdmn", decay, added[:, :, :, 1])
+    return torch.cat([before, after], 3).flatten(0, 1)
 
 
 def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
