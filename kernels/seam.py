@@ -6,10 +6,10 @@ custom operator costs 40 µs, more than a small gate itself.
 
 Between two calls the data of a model passes through the caches of the processor, so a call finds
 little of its own code there and each Python function on its way costs 2 µs. Therefore a call like
-an earlier one repeats neither its checks nor the choice of a backend (`Seam.again`).
+an earlier one repeats neither its checks nor the choice of a backend.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -92,31 +92,46 @@ class Seam:
         self.saves_output = saves_output
         self.several = several
 
-    def again(self, backend: str | None, tensors: Sequence[Tensor], *settings: Any) -> Any:
-        """Make an eager call like one that `first` made, unchecked.
+    def call(
+        self,
+        check: Callable[..., None],
+        backend: str | None,
+        tensors: Sequence[Tensor],
+        *settings: Hashable,
+    ) -> Any:
+        """Make a call, if it is an eager one.
 
         Args:
+            check: raises where tensors and settings do not fit; not asked again for a call whose
+                tensors have the dtypes, shapes and devices of an earlier one.
             backend: the backend that the caller names.
-            tensors: the operator's tensors.
-            *settings: what the backend's functions take after the tensors; they can be hashed.
+            tensors: the operator's tensors, or what the caller took for such.
+            *settings: what the backend's functions take after the tensors.
 
         Returns:
-            The output, contiguous, a list if there are several. None if there was no such call.
+            The output, contiguous, a list if there are several. None where the call belongs into
+            a traced graph, or is to be exported.
+
+        Raises:
+            ValueError: no backend has that name.
+            BackendUnavailableError: the backend that was asked for cannot run here.
         """
-        if torch.compiler.is_compiling():
-            return None
+        eager = not (torch.compiler.is_compiling() or _is_tracing() or _len_torch_dispatch_stack())
         kind, differentiable = [backend, *settings], False
-        for x in tensors:
-            if type(x) not in _PLAIN:
-                return None
-            kind += (x.dtype, x.shape, x.device)
-            differentiable = differentiable or x.requires_grad
+        if eager:
+            for x in tensors:
+                if type(x) not in _PLAIN:
+                    eager = False
+                    break
+                kind += (x.dtype, x.shape, x.device)
+                differentiable = differentiable or x.requires_grad
         operator = self.operator
-        serving = operator.served.get(tuple(kind))
+        serving = operator.served.get(tuple(kind)) if eager else None
         if serving is None or operator.backends[serving.name] is not serving:
-            return None
-        if _is_tracing() or _len_torch_dispatch_stack():
-            return None
+            check(*tensors, *settings)
+            serving = self._choose(backend, tensors, tuple(kind)) if eager else None
+            if serving is None:
+                return None
         # Forward mode goes there too, to be refused.
         if (differentiable and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
             output = _Eager.apply(self, serving, settings, *tensors)
@@ -124,26 +139,10 @@ class Seam:
         output = serving.forward(*tensors, *settings)
         return [y.contiguous() for y in output] if self.several else output.contiguous()
 
-    def first(self, backend: str | None, tensors: Sequence[Tensor], *settings: Any) -> Any:
-        """Make an eager call whose arguments have been checked, and remember how.
-
-        Args:
-            backend: the backend that the caller names.
-            tensors: the operator's tensors.
-            *settings: what the backend's functions take after the tensors; they can be hashed.
-
-        Returns:
-            As `again`. None where the call belongs into a traced graph, or is to be exported.
-
-        Raises:
-            ValueError: no backend has that name.
-            BackendUnavailableError: the backend that was asked for cannot run here.
-        """
-        if not is_eager(*tensors):
-            return None
-        kind = [backend, *settings]
-        for x in tensors:
-            kind += (x.dtype, x.shape, x.device)
+    def _choose(
+        self, backend: str | None, tensors: Sequence[Tensor], kind: Hashable
+    ) -> Backend | None:
+        """Choose the backend for a call and remember it; None if it is to be exported."""
         operator = self.operator
         if len(operator.served) >= _MOST_KINDS:
             operator.forget()
@@ -152,8 +151,8 @@ class Seam:
         serving = operator.resolve(name, tensors[0].device, dtype)
         if serving.name == "export":
             return None
-        served[tuple(kind)] = serving
-        return self.again(backend, tensors, *settings)
+        served[kind] = serving
+        return serving
 
     def refuse(self, ctx: Any, *grads: Any) -> NoReturn:
         """Be the backward function of the backward operator.

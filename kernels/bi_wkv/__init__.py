@@ -70,11 +70,7 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, backend: str | None = 
         ValueError: shapes or devices do not match, a dimension is empty, unknown backend.
         BackendUnavailableError: the backend that was asked for cannot run here.
     """
-    tensors = w, u, k, v
-    y = _SEAM.again(backend, tensors)
-    if y is None:
-        _check(w, u, k, v)
-        y = _SEAM.first(backend, tensors)
+    y = _SEAM.call(_check, backend, (w, u, k, v))
     if y is not None:
         return y
     name = OPERATOR.requested(backend)

@@ -73,10 +73,7 @@ def deform_attn(
     """
     shapes = tuple((h, w) for h, w in shapes)
     tensors = value, locations, weights
-    y = _SEAM.again(backend, tensors, shapes)
-    if y is None:
-        _check(value, locations, weights, shapes)
-        y = _SEAM.first(backend, tensors, shapes)
+    y = _SEAM.call(_check, backend, tensors, shapes)
     if y is not None:
         return y
     name = OPERATOR.requested(backend)

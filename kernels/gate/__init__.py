@@ -51,11 +51,7 @@ def gate(r: Tensor, y: Tensor, *, backend: str | None = None) -> Tensor:
         ValueError: shapes or devices differ, or an unknown backend.
         BackendUnavailableError: the backend that was asked for cannot run here.
     """
-    tensors = r, y
-    gated = _SEAM.again(backend, tensors)
-    if gated is None:
-        _check(r, y)
-        gated = _SEAM.first(backend, tensors)
+    gated = _SEAM.call(_check, backend, (r, y))
     if gated is not None:
         return gated
     name = OPERATOR.requested(backend)

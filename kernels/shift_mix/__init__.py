@@ -71,11 +71,8 @@ def shift_mix(
         ValueError: shapes, grid, edges or devices do not match, or an unknown backend.
         BackendUnavailableError: the backend that was asked for cannot run here.
     """
-    tensors, h, w, starts = (x, mu), *hw, tuple(edges)
-    mixed = _SEAM.again(backend, tensors, h, w, pixels, starts)
-    if mixed is None:
-        _check(x, mu, h, w, pixels, starts)
-        mixed = _SEAM.first(backend, tensors, h, w, pixels, starts)
+    h, w, starts = *hw, tuple(edges)
+    mixed = _SEAM.call(_check, backend, (x, mu), h, w, pixels, starts)
     if mixed is not None:
         return mixed
     name = OPERATOR.requested(backend)

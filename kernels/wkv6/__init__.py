@@ -65,11 +65,7 @@ def wkv6_bi(
         ValueError: shapes or devices do not match, a dimension is empty, unknown backend.
         BackendUnavailableError: the backend that was asked for cannot run here.
     """
-    tensors = r, k, v, w, u
-    y = _SEAM.again(backend, tensors)
-    if y is None:
-        _check(r, k, v, w, u)
-        y = _SEAM.first(backend, tensors)
+    y = _SEAM.call(_check, backend, (r, k, v, w, u))
     if y is not None:
         return y
     name = OPERATOR.requested(backend)
