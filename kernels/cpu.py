@@ -71,14 +71,9 @@ def shift_mix_call(
     """
     h, w, pixels, edges = settings
     count, channels = mu.shape
-    batch, token, _ = x.stride()
-    fields = [count, x.shape[0], h, w, channels, pixels, *edges]
-    fields += (mu.data_ptr(), x.data_ptr(), batch, token)
-    if gx is None:
-        fields += (0, 0, 0)
-    else:
-        batch, token, _ = gx.stride()
-        fields += (gx.data_ptr(), batch, token)
+    fields = [count, x.shape[0], h, w, channels, pixels, *edges, mu.data_ptr()]
+    for one in (x, gx):
+        fields += (0, 0, 0) if one is None else (one.data_ptr(), *one.stride()[:2])
     for one in mixed:
         fields.append(one.data_ptr())
     return _SHIFT_MIX.pack(DTYPE_CODES[x.dtype], *fields, *[0] * (MOST_MIXED - count))

@@ -139,6 +139,12 @@ def test_what_cannot_run_is_a_row_with_its_reason(
     assert step["error"] in capsys.readouterr().out
 
 
+def test_without_a_row_that_ran_nothing_is_drawn(report: ModuleType, tmp_path: Path) -> None:
+    failed = row("vit", 64, 1.0, error="out of memory")
+    assert report.draw([failed], tmp_path / "rows.json") == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def _too_much() -> None:
     importlib.import_module("benchmarks.highres_seg")._limit_memory(0.25, torch.device("cpu"))
     torch.zeros(1 << 30)
