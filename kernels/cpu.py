@@ -34,6 +34,7 @@ class CpuKernelError(RuntimeError):
 _BI_WKV = struct.Struct("@i3q18q104x")
 _SHIFT_MIX = struct.Struct("@2i5q5qq3q3q8q")
 _GATE = struct.Struct("@i6q")
+_WKV6 = struct.Struct("@4q15qq")
 MOST_MIXED = 8
 
 
@@ -95,6 +96,20 @@ def gate_call(
     return _GATE.pack(DTYPE_CODES[r.dtype], r.data_ptr(), y.data_ptr(), grad, out, gr, gy)
 
 
+def wkv6_call(u: Tensor, *tensors: Tensor) -> bytes:
+    """Pack `wkv6_call` of cpu.h; the tensors must be kept alive by the caller.
+
+    Args:
+        u: bonus, float32 (H, N).
+        *tensors: r, k, v, w and the output, float32 (B, T, C), channels side by side.
+    """
+    fields = [*tensors[0].shape[:2], *u.shape]
+    for x in tensors:
+        batch, token, _ = x.stride()
+        fields += (x.data_ptr(), batch, token)
+    return _WKV6.pack(*fields, u.data_ptr())
+
+
 _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "vision_cpu_kind": (c_char_p, []),
     "vision_cpu_use": (c_int, [c_char_p]),
@@ -107,6 +122,7 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "vision_shift_mix_grads": (c_int, [c_char_p, c_void_p, c_int]),
     "vision_gate": (c_int, [c_char_p, c_int64, c_int]),
     "vision_gate_grads": (c_int, [c_char_p, c_int64, c_int]),
+    "vision_wkv6": (c_int, [c_char_p, c_int]),
 }
 
 

@@ -369,3 +369,33 @@ EXPORT int vision_gate(const gate_call *call, int64_t count, int threads) {
 EXPORT int vision_gate_grads(const gate_call *call, int64_t count, int threads) {
     return run_gate(call, count, threads, serving()->gate_grads);
 }
+
+/* --- wkv6 ---------------------------------------------------------------------------------- */
+
+EXPORT int vision_wkv6(const wkv6_call *call, int threads) {
+    const kernels *with = serving();
+    int64_t wide = 2 * with->lanes, blocks = (call->size + wide - 1) / wide;
+    /* Too few heads for the threads are cut by their columns, at the cost of decays taken twice. */
+    int64_t heads = call->batch * call->heads;
+    int64_t parts = threads > 1 ? (2 * threads + heads - 1) / heads : 1;
+    int64_t columns = (blocks + parts - 1) / parts * wide;
+    parts = (call->size + columns - 1) / columns;
+    int64_t tasks = heads * parts, slots = threads < tasks ? threads : tasks;
+    int64_t each = with->wkv6_scratch(call, columns);
+    float *scratch = aligned_alloc(64, (size_t)(slots * each) * sizeof(float));
+    if (!scratch) return -1;
+#pragma omp parallel for num_threads((int)slots) schedule(static)
+    for (int64_t i = 0; i < tasks; i++) {
+        int64_t head = i / parts, first = i % parts * columns, end = first + columns;
+        wkv6_task at = {
+            .item = head / call->heads,
+            .head = head % call->heads,
+            .first_column = first,
+            .end_column = end < call->size ? end : call->size,
+            .scratch = scratch + omp_get_thread_num() * each,
+        };
+        with->wkv6(call, &at);
+    }
+    free(scratch);
+    return 0;
+}

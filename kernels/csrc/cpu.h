@@ -64,6 +64,18 @@ typedef struct {
 } gate_call;
 
 typedef struct {
+    int64_t batch, tokens, heads, size; /* of a head: `size` channels */
+    rows r, k, v, w, y;                 /* float32 */
+    const float *u;                     /* (heads, size) */
+} wkv6_call;
+
+/* One head of one item, some of its channels of v. */
+typedef struct {
+    int64_t item, head, first_column, end_column;
+    float *scratch;
+} wkv6_task;
+
+typedef struct {
     int64_t lanes;
     /* Bytes of bi_wkv_task.state and .grads for a segment of `lanes` channels. */
     int64_t state_size, grads_size;
@@ -78,6 +90,8 @@ typedef struct {
                             int64_t end_row, double *gmu, float *row_gmu);
     void (*gate)(const gate_call *, int64_t begin, int64_t end);
     void (*gate_grads)(const gate_call *, int64_t begin, int64_t end);
+    int64_t (*wkv6_scratch)(const wkv6_call *, int64_t columns); /* floats */
+    void (*wkv6)(const wkv6_call *, const wkv6_task *);
 } kernels;
 
 extern const kernels vision_kernels_generic;

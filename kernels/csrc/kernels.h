@@ -5,6 +5,7 @@
 #include "../bi_wkv/csrc/bi_wkv_cpu.h"
 #include "../shift_mix/csrc/shift_mix_cpu.h"
 #include "../gate/csrc/gate_cpu.h"
+#include "../wkv6/csrc/wkv6_cpu.h"
 
 const kernels TABLE = {
     .lanes = LANES,
@@ -20,4 +21,6 @@ const kernels TABLE = {
     .shift_mix_grads = shift_mix_grads,
     .gate = gate,
     .gate_grads = gate_grads,
+    .wkv6_scratch = wkv6_scratch,
+    .wkv6 = wkv6,
 };

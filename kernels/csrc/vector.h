@@ -17,7 +17,8 @@ typedef float vf_loose __attribute__((vector_size(LANES * 4), aligned(4), may_al
 typedef int32_t vi_loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint16_t vh_loose __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
-INLINE vf all(float x) { return (vf){0} + x; }
+/* Not 0 + x, which is no copy of -0 and so would be computed. */
+INLINE vf all(float x) { return x - (vf){0}; }
 INLINE vi all_int(int32_t x) { return (vi){0} + x; }
 INLINE vf pick(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 INLINE vi pick_int(vi mask, vi yes, vi no) { return (yes & mask) | (no & ~mask); }
@@ -129,9 +130,9 @@ INLINE vf power_of_two(vi n) {
     return (vf)(-larger_int(-biased, all_int(-254)) << 23);
 }
 
-/* The integer n for which e^x = m 2^n with m in [0.7, 1.42], and m. |x| is held below 22000, which
-   keeps n * 0.693359375 exact; a NaN gives m = NaN. */
-INLINE vf split_exp(vf x, vi *n) {
+/* The integer n for which e^x = m 2^n with m in [0.7, 1.42], and m - 1. |x| is held below 22000,
+   which keeps n * 0.693359375 exact; a NaN gives m = NaN. */
+INLINE vf split_exp_above(vf x, vi *n) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: the sum's last bit is worth 1 */
     x = smaller(all(22000.0f), larger(all(-22000.0f), x));
     vf sum = x * 1.44269504f + magic;
@@ -145,8 +146,11 @@ INLINE vf split_exp(vf x, vi *n) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    return p * (r * r) + r + 1.0f;
+    return p * (r * r) + r;
 }
+
+/* That integer n, and m. */
+INLINE vf split_exp(vf x, vi *n) { return split_exp_above(x, n) + 1.0f; }
 
 /* e^x for x whose power is in the range of a float. */
 INLINE vf exponential(vf x) {

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import cpu as kernels_cpu
 from .. import triton_support
 from ..dispatch import Backend, Operator
 from ..seam import Seam, check_tensors, compute_dtype
-from . import chunked, export, reference, triton_kernel
+from . import chunked, cpu, export, reference, triton_kernel
 
 __all__ = ["OPERATOR", "wkv6_bi"]
 
 OPERATOR = Operator(
     "wkv6_bi",
     [
+        Backend("cpu", cpu.forward, chunked.backward, kernels_cpu.probe, kernels_cpu.DTYPES),
         Backend(
             "triton",
             triton_kernel.forward,
@@ -29,7 +31,7 @@ OPERATOR = Operator(
         Backend("reference", reference.forward, reference.backward),
         Backend("export", export.forward, chunked.backward),
     ],
-    order={"cuda": ("triton", "torch"), "*": ("torch",)},
+    order={"cpu": ("cpu", "torch"), "cuda": ("triton", "torch"), "*": ("torch",)},
 )
 _SEAM = Seam(OPERATOR, "vision.kernels.wkv6.export.wkv6_bi_dense")
 

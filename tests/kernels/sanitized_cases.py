@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from vision.kernels import bi_wkv, cpu, gate, shift_mix
+from vision.kernels import bi_wkv, cpu, gate, shift_mix, wkv6_bi
 from vision.kernels.bi_wkv import OPERATOR
 
 
@@ -23,11 +23,14 @@ def main(path: str) -> None:
             for channels in (16, 23, 300):
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     one_case(tokens, channels, dtype)
+            for size in (1, 16, 23, 64):
+                r, k, v, w = torch.randn(4, 1, tokens, 2 * size)
+                wkv6_bi(r, k, v, w, torch.randn(2, size), backend="cpu")
     sys.stdout.write("all cases ran")
 
 
 def one_case(tokens: int, channels: int, dtype: torch.dtype) -> None:
-    """Run the three operators and their backward passes."""
+    """Run the operators that have backward passes."""
     k, v = (torch.randn(1, tokens, channels, dtype=dtype, requires_grad=True) for _ in range(2))
     for decay in (1.0, 1 / tokens):  # segments of few tokens, and of 64
         w, u = decay * torch.randn(2, channels)

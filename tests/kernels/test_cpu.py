@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from vision.kernels import BackendUnavailableError, bi_wkv, cpu, gate, shift_mix
+from vision.kernels import BackendUnavailableError, bi_wkv, cpu, gate, shift_mix, wkv6_bi
 from vision.kernels.bi_wkv import OPERATOR
 from vision.kernels.bi_wkv.reference import bi_wkv_definition
 from vision.kernels.gate.reference import gate_definition
 from vision.kernels.shift_mix.reference import shift_mix_definition
 from vision.kernels.testing import assert_close, nan_filled_empty, oracle, value_and_grads
+from vision.kernels.wkv6.reference import wkv6_bi_definition
 
 KINDS = ("avx512", "avx2", "generic")
 scan = functools.partial(bi_wkv, backend="cpu")
@@ -138,6 +139,22 @@ def test_shift_mix_and_gate_of_every_instruction_set(kind: str, width: int) -> N
     assert_close(actual, oracle(gate_definition, inputs, grad[0]), 1e-6)
 
 
+@pytest.mark.parametrize("decay", [-14.0, -1.0, 300.0])
+@pytest.mark.parametrize(("tokens", "size"), [(1, 1), (7, 64), (66, 33)])
+def test_wkv6_of_every_instruction_set(kind: str, tokens: int, size: int, decay: float) -> None:
+    inputs = make_wkv6(tokens, size, decay)
+    with nan_filled_empty():
+        y = wkv6_bi(**inputs, backend="cpu")
+    assert_close({"y": y}, {"y": wkv6_bi_definition(**inputs)}, 2e-6)
+
+
+def make_wkv6(tokens: int, size: int, decay: float) -> dict[str, Tensor]:
+    """Make inputs of two items with three heads."""
+    rng = torch.Generator().manual_seed(tokens + size)
+    inputs = {n: torch.randn(2, tokens, 3 * size, generator=rng) for n in "rkvw"}
+    return inputs | {"w": inputs["w"] + decay, "u": torch.randn(3, size, generator=rng)}
+
+
 @pytest.mark.parametrize("scale", [400.0, 1000.0])
 def test_large_decays_per_token_stay_finite_and_exact(kind: str, scale: float) -> None:
     inputs, grad = make(2, 49, 24, 1.0, spread=10)
@@ -170,6 +187,16 @@ def test_threads_do_not_matter(threads: None, shape: tuple[int, int, int]) -> No
             assert torch.equal(other[name], results[0][name])
         for name in ("gw", "gu"):
             torch.testing.assert_close(other[name], results[0][name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [24, 64])
+def test_threads_do_not_matter_to_wkv6(threads: None, size: int) -> None:
+    inputs = make_wkv6(50, size, -2.0)
+    results = []
+    for count in (1, 2, 7):  # heads on one thread each, and heads cut by their columns
+        torch.set_num_threads(count)
+        results.append(wkv6_bi(**inputs, backend="cpu"))
+    assert all(torch.equal(y, results[0]) for y in results)
 
 
 def test_gradients_of_parameters_are_the_same_every_time(threads: None) -> None:
