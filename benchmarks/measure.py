@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from vision.kernels import cpu
 from vision.version import git_commit
 
 Row = dict[str, Any]
@@ -62,7 +64,11 @@ class Case:
 
 
 def environment(device: torch.device) -> Row:
-    """Return what a row says about machine, versions and commit."""
+    """Return what a row says about machine, versions, commit and compiled CPU kernels.
+
+    Says on stderr, too, if there are none: plain torch serves then, which is not what a comparison
+    of models is after.
+    """
     # The version that torch gives itself names the CUDA it was built for, too.
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in _PACKAGES:
@@ -70,7 +76,15 @@ def environment(device: torch.device) -> Row:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"machine": _machine(device), "versions": found, "commit": git_commit()}
+    missing = cpu.probe(torch.device("cpu"))
+    if missing is not None:
+        sys.stderr.write(f"without compiled CPU kernels: {missing}\n")
+    return {
+        "machine": _machine(device),
+        "versions": found,
+        "commit": git_commit(),
+        "cpu_kernels": missing or cpu.instruction_set(),
+    }
 
 
 def _machine(device: torch.device) -> Row:

@@ -34,6 +34,8 @@ from benchmarks.measure import (
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "convolution", "attention")
+# Calls that the share of the products is taken of.
+_PROFILED = 3
 
 
 def forward_pass(name: str, size: int, device: torch.device) -> Call:
@@ -49,10 +51,12 @@ def share_outside_products(call: Call, device: torch.device) -> float:
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
     with profile(activities=activities) as profiler:
         if cuda:
-            call()
+            for _ in range(_PROFILED):
+                call()
         else:  # what is in no operator of torch, such as compiled kernels, is this range's own
             with record_function("call"):
-                call()
+                for _ in range(_PROFILED):
+                    call()
     time = "self_device_time_total" if cuda else "self_cpu_time_total"
     spent = {event.key: getattr(event, time) for event in profiler.key_averages()}
     inside = sum(t for key, t in spent.items() if any(name in key for name in PRODUCTS))

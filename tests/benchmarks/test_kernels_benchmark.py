@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from vision.kernels import cpu
 from vision.kernels.dispatch import operators
 
 TINY = ["--seconds", "0.001", "--threads", "1", "--device", "cpu"]
@@ -82,6 +83,18 @@ def test_a_failing_backend_leaves_rows_with_its_error(
     assert {row["median_ms"] for row in failed} == {None}
     assert all(row["error"] is None for row in rows if row["op"] == "copy")
     assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_rows_say_which_compiled_kernels_served(
+    measure: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = torch.device("cpu")
+    if cpu.probe(device) is None:
+        assert measure.environment(device)["cpu_kernels"] == cpu.instruction_set()
+        assert capsys.readouterr().err == ""
+    monkeypatch.setattr(cpu, "_load", lambda: "compile it again")
+    assert measure.environment(device)["cpu_kernels"] == "compile it again"
+    assert capsys.readouterr().err == "without compiled CPU kernels: compile it again\n"
 
 
 def test_an_error_after_the_first_call_is_a_row_too(measure: ModuleType) -> None:
