@@ -246,7 +246,7 @@ class TestContract:
         model = small(name, drop_rate=0.3, drop_path_rate=0.2)
         assert model.head_drop.p == 0.3
         assert model.blocks[1].drop_path.drop_prob == pytest.approx(0.2)
-        assert isinstance(model.blocks[0].drop_path, nn.Identity)
+        assert model.blocks[0].drop_path is None
 
 
 def test_positions_are_dropped() -> None:

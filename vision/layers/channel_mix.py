@@ -53,7 +53,7 @@ class ChannelMix(nn.Module):
         first = channel_init(init_mode, dim, layer, depth)
         self.shift_mix = ShiftMix(first, shift, shift_pixels, channel_gamma)
         self.key = nn.Linear(dim, hidden, bias=False)
-        self.norm = nn.LayerNorm(hidden) if key_norm else nn.Identity()
+        self.norm = nn.LayerNorm(hidden) if key_norm else None
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(hidden, dim, bias=False)
 
@@ -65,9 +65,11 @@ class ChannelMix(nn.Module):
     def _feed_forward(self, mixed: list[Tensor]) -> Tensor:
         # What was used is gone: the hidden layer is wide enough alone.
         xr, xk = mixed.pop(), mixed.pop()
-        hidden = self.key(xk)
+        hidden = _relu_squared(self.key(xk))
         del xk
-        y = self.value(self.norm(_relu_squared(hidden)))
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        y = self.value(hidden)
         del hidden
         return gate(self.receptance(xr), y)
 

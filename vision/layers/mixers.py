@@ -56,7 +56,7 @@ class BiWKVMixer(nn.Module):
         self.key = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
         self.receptance = nn.Linear(dim, dim, bias=False)
-        self.norm = nn.LayerNorm(dim) if key_norm else nn.Identity()
+        self.norm = nn.LayerNorm(dim) if key_norm else None
         self.output = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
@@ -71,7 +71,9 @@ class BiWKVMixer(nn.Module):
 
     def _gated(self, tokens: list[Tensor]) -> Tensor:
         xr, y = tokens
-        return self.output(gate(self.receptance(xr), self.norm(y)))
+        if self.norm is not None:
+            y = self.norm(y)
+        return self.output(gate(self.receptance(xr), y))
 
 
 class WKV6Mixer(nn.Module):
@@ -129,7 +131,7 @@ class WKV6Mixer(nn.Module):
         self.value = nn.Linear(dim, dim, bias=False)
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.gate = nn.Linear(dim, dim, bias=False)
-        self.norm = nn.LayerNorm(dim) if key_norm else nn.Identity()
+        self.norm = nn.LayerNorm(dim) if key_norm else None
         self.head_norm = nn.GroupNorm(dim // head_size, dim)
         self.output = nn.Linear(dim, dim, bias=False)
 
@@ -139,7 +141,9 @@ class WKV6Mixer(nn.Module):
         decay = self.decay + torch.tanh(xw @ self.decay_down) @ self.decay_up
         bonus = self.bonus.view(-1, self.head_size)
         y = wkv6_bi(self.receptance(xr), self.key(xk), self.value(xv), decay, bonus)
-        y = self.head_norm(self.norm(y).flatten(0, 1)).view_as(y)
+        if self.norm is not None:
+            y = self.norm(y)
+        y = self.head_norm(y.flatten(0, 1)).view_as(y)
         return self.output(y * F.silu(self.gate(xg)))
 
 
