@@ -3,6 +3,7 @@
     python tools/convert_checkpoint.py vrwkv_t_in1k_224.pth vrwkv_tiny_patch16_224 tiny.safetensors
     python tools/convert_checkpoint.py mae.pth vrwkv_base_patch16_224 base.pth \
         --model-args key_norm=True shift=single_shift num_classes=0
+    python tools/convert_checkpoint.py weights.caffemodel ran56 ran56.safetensors
 
 Every key must find its place and every parameter its value, or nothing is written. The result is
 loaded by `timm.create_model(NAME, checkpoint_path=FILE)`.
@@ -40,9 +41,9 @@ def main() -> None:
     if args.output.exists() and not args.force:
         parser.error(f"{args.output} exists; name another file or pass --force")
     try:
-        checkpoint = read_checkpoint(args.checkpoint)
         model = timm.create_model(args.model, **dict(args.model_args))
         family = sys.modules[type(model).__module__]
+        checkpoint = getattr(family, "read_weights", read_checkpoint)(args.checkpoint)
         weights = family.checkpoint_filter_fn(checkpoint, model)
         check_fit(weights, model.state_dict(), str(args.checkpoint))
     except (CheckpointError, FileNotFoundError) as error:

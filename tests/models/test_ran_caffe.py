@@ -1,6 +1,8 @@
 """Weights of the authors' Caffe definitions: the file format, and what is refused."""
 
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,19 @@ def test_a_caffemodel_becomes_the_model(name: str, legacy: bool, tmp_path: Path)
     for key, value in model.state_dict().items():
         if "num_batches" not in key:
             torch.testing.assert_close(read.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_the_tool_makes_plain_weights_of_it(tmp_path: Path, repo_root: Path) -> None:
+    model = trained("ran56")
+    path, out = write(tmp_path / "w.caffemodel", blobs_of(model)), tmp_path / "w.safetensors"
+    tool = [sys.executable, str(repo_root / "tools" / "convert_checkpoint.py")]
+    options = [f"{key}={value}".replace(" ", "") for key, value in NARROW.items()]
+    command = [*tool, str(path), "ran56", str(out), "--model-args", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    read = timm.create_model("ran56", checkpoint_path=str(out), **NARROW)
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(read.eval()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_floats_one_by_one(tmp_path: Path) -> None:

@@ -463,14 +463,15 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _read(path: str | Path) -> Mapping[str, Any]:
+def read_weights(path: str | Path) -> Mapping[str, Any]:
+    """Read a checkpoint, also one of Caffe (`.caffemodel`), for `checkpoint_filter_fn`."""
     caffe = Path(path).suffix == ".caffemodel"
     return read_caffemodel(Path(path)) if caffe else read_checkpoint(path)
 
 
 def _create_ran(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     if pretrained:
-        kwargs = with_weights_of_file(kwargs, _read)
+        kwargs = with_weights_of_file(kwargs, read_weights)
     build = partial(build_model_with_cfg, ResidualAttentionNet, variant, pretrained)
     stages = len(kwargs.get("widths", (256, 512, 1024, 2048)))
     return build(
