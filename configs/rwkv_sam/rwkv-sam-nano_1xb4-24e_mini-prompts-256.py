@@ -18,6 +18,8 @@ model = dict(
     image_size=640,  # to judge; training sees parts of such images
     prompts=dict(weights=dict(box=4.0, jittered_box=1.0, points=1.0), max_points=2),
     loss=dict(corrections=1, num_points=3136),
+    # The boxes are tight, which the filled box and GrabCut beside it make use of.
+    evaluation=dict(clicks=(1,), targets=(), clip_to_box=True),
 )
 optim_wrapper = dict(optimizer=dict(lr=1.5e-3))
 param_scheduler = [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vision.data import boxes_of_masks, interior_point
 from vision.metrics import boundary_iou, mask_iou
+from vision.metrics.prompt_baselines import fill_boxes
 from vision.sam import ImageEmbedding, Predictor, RwkvSam, create_sam
 from vision.sam.evaluation import (
     PromptEvaluator,
@@ -205,6 +206,17 @@ def test_both_resizes_agree_on_a_square_image() -> None:
 def small_sam(**options: object) -> RwkvSam:
     torch.manual_seed(0)
     return create_sam("rwkv_sam_nano", dim=32, mlp_dim=64, image_size=64, **options)
+
+
+def test_answers_to_boxes_can_be_cut_off_outside_of_them() -> None:
+    sam, masks = small_sam(), discs(60, 100)
+    image = np.random.default_rng(0).integers(0, 256, (60, 100, 3), dtype=np.uint8)
+    whole, cut = (evaluator(sam, clip_to_box=c)(image, masks).masks for c in (False, True))
+    inside = fill_boxes(boxes_of_masks(torch.from_numpy(masks)), (60, 100))
+    assert (whole["box"] & ~inside).any()
+    assert (whole["box"] & inside).any()
+    assert torch.equal(cut["box"], whole["box"] & inside)
+    assert torch.equal(cut["click"], whole["click"])
 
 
 @pytest.mark.parametrize("options", [{}, {"single_mask": True}, {"pad_to_square": True}])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vision.data.instances import box_of_mask, boxes_of_masks, interior_point
 from vision.metrics import mask_iou
+from vision.metrics.prompt_baselines import fill_boxes
 
 from .model import RwkvSam
 from .predictor import Predictor
@@ -114,6 +115,8 @@ class PromptEvaluator:
         targets: IoU values of which the number of clicks needed is counted.
         max_clicks: the most clicks on an object; None for the largest of `clicks`.
         batch_size: the most objects whose masks exist at a time at the original size.
+        clip_to_box: leave out of an answer to a box what lies outside of it. A filled box and
+            GrabCut have nothing there either; published numbers of SAM's kind are without.
 
     Raises:
         ValueError: an argument is out of range, or nothing is asked.
@@ -128,6 +131,7 @@ class PromptEvaluator:
         targets: Sequence[float] = (0.85, 0.9),
         max_clicks: int | None = None,
         batch_size: int = 16,
+        clip_to_box: bool = False,
     ) -> None:
         if resize not in RESIZES:
             raise ValueError(f"no resize {resize!r}; there are {', '.join(RESIZES)}")
@@ -149,6 +153,7 @@ class PromptEvaluator:
         self.targets = tuple(targets) if most else ()
         self.max_clicks = most
         self.batch_size = batch_size
+        self.clip_to_box = clip_to_box
 
     def __call__(self, image: np.ndarray, masks: np.ndarray) -> PromptAnswers:
         """Ask for all objects of an image.
@@ -181,6 +186,8 @@ class PromptEvaluator:
             boxes = boxes_of_masks(torch.from_numpy(true))
             found, iou, _ = predictor.predict(box=boxes, multimask_output=False)
             masks["box"], expected["box"] = found[:, 0], iou[:, 0]
+            if self.clip_to_box:
+                masks["box"] &= fill_boxes(boxes, (true.shape[1], true.shape[2])).numpy()
         clicking = _Clicking(predictor, true, self.max_clicks)
         reached: list[np.ndarray] = []  # IoU after each click
         for count in range(1, self.max_clicks + 1):
