@@ -19,7 +19,6 @@ statistics at 1 x 1). bf16 is bf16 weights in the forward pass, autocast in the 
 
 import argparse
 import dataclasses
-import math
 import multiprocessing
 import resource
 import signal
@@ -49,6 +48,7 @@ from benchmarks.measure import (
     HostTimer,
     Report,
     Row,
+    calls_to_profile,
     environment,
     extra_bytes,
     keep_freed_memory,
@@ -67,8 +67,6 @@ MODELS = (
     *("swin_tiny_patch4_window7_224", "convnext_tiny"),
 )
 SIZES = ("512", "1024", "2048x1024", "2048")
-# Shares are those of as many calls as fill so many seconds, one at least.
-_PROFILED_SECONDS, _MOST_PROFILED = 1.0, 20
 QUICK = {"models": list(MODELS[:2]), "sizes": ["128", "256", "512"], "seconds": 2.0}
 
 
@@ -114,7 +112,8 @@ def _operators_timed(watch: _Stopwatch) -> Iterator[None]:
     before = {name: dict(op.backends) for name, op in operators().items()}
     for op in operators().values():
         for name, backend in op.backends.items():
-            timed = {key: watch.timed(getattr(backend, key)) for key in ("forward", "backward")}
+            functions = {key: getattr(backend, key) for key in ("forward", "keeping", "backward")}
+            timed = {key: f and watch.timed(f) for key, f in functions.items()}
             op.backends[name] = dataclasses.replace(backend, **timed)
     try:
         yield
@@ -135,10 +134,10 @@ def time_shares(call: Call, device: torch.device) -> Row:
     whole, own = _Stopwatch(cuda), _Stopwatch(cuda)
     begin = time.perf_counter()
     call()
-    count = math.ceil(_PROFILED_SECONDS / (time.perf_counter() - begin))
+    count = calls_to_profile((time.perf_counter() - begin) * 1e3)
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
     with _operators_timed(own), profile(activities=activities) as profiler:
-        for _ in range(min(count, _MOST_PROFILED)):
+        for _ in range(count):
             whole.timed(call)()
         total, operator = whole.total(), own.total()
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
@@ -170,7 +169,6 @@ def examine(setting: Setting, limit_gib: float | None) -> Row:
         call()
         found: Row = {"memory_bytes": extra_bytes(call, device)}
         keep_freed_memory()  # as where the row is timed: fresh pages are no cost of an operator
-        call()
         found |= time_shares(call, device)
         weights = [*model.parameters(), *model.buffers()]
         found["weight_bytes"] = sum(x.numel() * x.element_size() for x in weights)

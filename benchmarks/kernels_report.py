@@ -84,11 +84,12 @@ LIMITS = (
     ),
     *(
         Limit(
-            f"torch wkv6_bi, {direction}, T=4096 / T=1024",
-            Term("wkv6_bi", direction, TORCH),
-            Term("wkv6_bi", direction, TORCH, SHAPES[1]),
+            f"{name}, {direction}, T=4096 / T=1024",
+            Term("wkv6_bi", direction, backend),
+            Term("wkv6_bi", direction, backend, SHAPES[1]),
             {_LONG: 5},
         )
+        for name, backend in (("wkv6_bi", None), ("torch wkv6_bi", TORCH))
         for direction in (FORWARD, BOTH)
     ),
     Limit(

@@ -42,6 +42,8 @@ _TRIALS = 5
 _GRAPH_BELOW_MS = 0.1
 # Options of glibc's mallopt.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+# A profile takes as many calls as fill so many milliseconds, within limits.
+_PROFILED_MS, _MOST_PROFILED = 1000.0, 20
 _PACKAGES = ("triton", "timm", "mmengine")
 
 
@@ -138,6 +140,11 @@ def _set_allocator(options: Mapping[int, int]) -> None:
 
 
 # --- time ----------------------------------------------------------------------------------------
+
+
+def calls_to_profile(once_ms: float) -> int:
+    """Return of how many calls a profile should be, if one takes so long."""
+    return min(max(1, math.ceil(_PROFILED_MS / once_ms)), _MOST_PROFILED)
 
 
 class Timer(Protocol):

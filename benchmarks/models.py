@@ -9,6 +9,7 @@ one thread. The ratio is the time of the first model over that of the second one
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a bare checkout
@@ -25,6 +26,7 @@ from benchmarks.measure import (
     HostTimer,
     Report,
     Row,
+    calls_to_profile,
     environment,
     keep_freed_memory,
     markdown_table,
@@ -34,8 +36,6 @@ from benchmarks.measure import (
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "convolution", "attention")
-# Calls that the share of the products is taken of.
-_PROFILED = 3
 
 
 def forward_pass(name: str, size: int, device: torch.device) -> Call:
@@ -45,18 +45,15 @@ def forward_pass(name: str, size: int, device: torch.device) -> Call:
     return torch.inference_mode()(lambda: model(x))
 
 
-def share_outside_products(call: Call, device: torch.device) -> float:
-    """Return the share of the time that is not spent in products, convolutions, attention."""
+def share_outside_products(call: Call, count: int, device: torch.device) -> float:
+    """Return the share of the time of some calls outside of products, convolutions, attention."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
-    with profile(activities=activities) as profiler:
-        if cuda:
-            for _ in range(_PROFILED):
-                call()
-        else:  # what is in no operator of torch, such as compiled kernels, is this range's own
-            with record_function("call"):
-                for _ in range(_PROFILED):
-                    call()
+    # What is in no operator of torch, such as compiled kernels, is the range's own.
+    whole = nullcontext() if cuda else record_function("call")
+    with profile(activities=activities) as profiler, whole:
+        for _ in range(count):
+            call()
     time = "self_device_time_total" if cuda else "self_cpu_time_total"
     spent = {event.key: getattr(event, time) for event in profiler.key_averages()}
     inside = sum(t for key, t in spent.items() if any(name in key for name in PRODUCTS))
@@ -77,7 +74,8 @@ def measure(
         if row["error"] is None:
             call = forward_pass(row["model"], size, device)
             call()
-            row["outside_products"] = share_outside_products(call, device)
+            count = calls_to_profile(row["median_ms"])
+            row["outside_products"] = share_outside_products(call, count, device)
     return rows
 
 

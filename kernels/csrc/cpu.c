@@ -372,6 +372,7 @@ EXPORT int vision_gate_grads(const gate_call *call, int64_t count, int threads) 
 
 /* --- wkv6 ---------------------------------------------------------------------------------- */
 
+/* y from r, k, v, w and u. */
 EXPORT int vision_wkv6(const wkv6_call *call, int threads) {
     const kernels *with = serving();
     int64_t wide = 2 * with->lanes, blocks = (call->size + wide - 1) / wide;

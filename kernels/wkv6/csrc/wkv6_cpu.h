@@ -7,7 +7,7 @@
    none is divided by, and that of a step is held as the sum of two floats: over thousands of tokens
    that forget almost nothing, the rounding of one float would add up. */
 
-enum { STEP = 4, COLUMNS = 2 * LANES };
+enum { STEP = 4, COLUMNS = 2 * LANES, AHEAD = 2 };
 
 /* A task's scratch space. Keys are filled up to whole vectors, columns to COLUMNS. */
 typedef struct {
@@ -59,26 +59,33 @@ INLINE float *row_of(const rows *x, const wkv6_call *call, const wkv6_task *task
     return (float *)x->data + task->item * x->batch + token * x->token + task->head * call->size;
 }
 
-/* Take `count` channels of a step's tokens from `first` on into rows of `width`, the rest zeros. */
+/* Take `count` channels of a step's tokens from `first` on into rows of `width`, the rest zeros.
+   Asks for those `ahead` steps further, too: the rows of other heads lie in between, which hides
+   them from the processor's own prefetching. */
 INLINE void take_rows(float *into, const rows *x, const wkv6_call *call, const wkv6_task *task,
-                 int64_t step, int64_t first, int64_t count, int64_t width) {
+                      int64_t step, int64_t ahead, int64_t first, int64_t count, int64_t width) {
     int64_t tokens = tokens_of(call, step);
     for (int64_t i = 0; i < STEP; i++) {
-        int64_t there = i < tokens ? count : 0;
+        int64_t there = i < tokens ? count : 0, later = (step + ahead) * STEP + i;
         float *row = into + i * width;
         if (there) {
             const float *from = row_of(x, call, task, step * STEP + i) + first;
             memcpy(row, from, (size_t)there * sizeof *row);
         }
         memset(row + there, 0, (size_t)(width - there) * sizeof *row);
+        if (later >= 0 && later < call->tokens) {
+            const float *from = row_of(x, call, task, later) + first;
+            for (int64_t c = 0; c < count; c += 16) __builtin_prefetch(from + c, 0, 2);
+        }
     }
 }
 
+/* w waits where r will be read. */
 INLINE void take_decays(const wkv6_room *of, const wkv6_call *call, const wkv6_task *task) {
     int64_t keys = of->keys;
     for (int64_t step = 0; step < of->steps; step++) {
         int64_t tokens = tokens_of(call, step);
-        take_rows(of->read, &call->w, call, task, step, 0, call->size, keys);
+        take_rows(of->read, &call->w, call, task, step, AHEAD, 0, call->size, keys);
         for (int64_t c = 0; c < keys; c += LANES) {
             vf sum = all(0);
             for (int64_t i = 0; i < STEP; i++) {
@@ -189,11 +196,12 @@ INLINE void one_direction(const wkv6_room *of, const wkv6_call *call, const wkv6
     memset(of->state, 0, (size_t)(of->keys * of->columns) * sizeof *of->state);
     for (int64_t s = 0; s < of->steps; s++) {
         int64_t step = backward ? of->steps - 1 - s : s;
-        take_rows(of->r, &call->r, call, task, step, 0, call->size, of->keys);
-        take_rows(of->k, &call->k, call, task, step, 0, call->size, of->keys);
-        take_rows(of->v, &call->v, call, task, step, task->first_column, count, of->columns);
+        int64_t ahead = backward ? -AHEAD : AHEAD, first = task->first_column;
+        take_rows(of->r, &call->r, call, task, step, ahead, 0, call->size, of->keys);
+        take_rows(of->k, &call->k, call, task, step, ahead, 0, call->size, of->keys);
+        take_rows(of->v, &call->v, call, task, step, ahead, first, count, of->columns);
         if (backward)
-            take_rows(of->y, &call->y, call, task, step, task->first_column, count, of->columns);
+            take_rows(of->y, &call->y, call, task, step, ahead, first, count, of->columns);
         else
             meet(of, call->u + task->head * call->size, call->size, step);
         face_edges(of, step, backward);
