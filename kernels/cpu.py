@@ -18,8 +18,6 @@ from torch import Tensor
 _FOLDER = Path(__file__).parent
 # The widest vector: operators that need one whole vector of channels are given at least so many.
 LANES = 16
-# Fewer elements than this are not worth waking a second thread.
-_ELEMENTS_PER_THREAD = 1 << 14
 # Dtypes of computation; inputs may also be bfloat16 and float16.
 DTYPES = frozenset({torch.float32})
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -110,13 +108,13 @@ def wkv6_call(u: Tensor, *tensors: Tensor) -> bytes:
     return _WKV6.pack(*fields, u.data_ptr())
 
 
+# The last argument of all that work is how many threads may be woken, as many as are worth it.
 _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "vision_cpu_kind": (c_char_p, []),
     "vision_cpu_use": (c_int, [c_char_p]),
     "vision_cpu_source": (c_char_p, []),
-    "vision_bi_wkv_parts": (c_int64, [c_int64, c_int64, c_int64, c_int]),
-    "vision_bi_wkv": (c_int, [c_char_p, *[c_void_p] * 3, c_int64, c_int, c_int64]),
-    "vision_bi_wkv_grads": (c_int, [c_char_p, *[c_void_p] * 5, c_int64, c_int, c_int64]),
+    "vision_bi_wkv": (c_int, [c_char_p, *[c_void_p] * 3, c_int64, c_int]),
+    "vision_bi_wkv_grads": (c_int, [c_char_p, *[c_void_p] * 5, c_int64, c_int]),
     "vision_shift_mix_parts": (c_int64, [c_char_p]),
     "vision_shift_mix": (c_int, [c_char_p, c_int]),
     "vision_shift_mix_grads": (c_int, [c_char_p, c_void_p, c_int]),
@@ -204,11 +202,6 @@ def use_instruction_set(name: str) -> None:
     """
     if library().vision_cpu_use(name.encode()):
         raise ValueError(f"no instruction set {name!r} on this machine; 'generic' always works")
-
-
-def threads_for(elements: int) -> int:
-    """Return how many threads a call over so many elements should use."""
-    return max(1, min(torch.get_num_threads(), elements // _ELEMENTS_PER_THREAD))
 
 
 def common_dtype(*tensors: Tensor) -> torch.dtype:

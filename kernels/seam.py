@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._C import _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling as _is_dynamo
 
 from .dispatch import Backend, Operator
 
@@ -71,7 +72,7 @@ def is_eager(*tensors: Tensor) -> bool:
     for x in tensors:
         if type(x) not in _PLAIN:
             return False
-    return not (torch.compiler.is_compiling() or _is_tracing() or _len_torch_dispatch_stack())
+    return not (_is_dynamo() or _is_tracing() or _len_torch_dispatch_stack())
 
 
 class Seam:
@@ -116,7 +117,7 @@ class Seam:
             ValueError: no backend has that name.
             BackendUnavailableError: the backend that was asked for cannot run here.
         """
-        eager = not (torch.compiler.is_compiling() or _is_tracing() or _len_torch_dispatch_stack())
+        eager = not (_is_dynamo() or _is_tracing() or _len_torch_dispatch_stack())
         kind, differentiable = [backend, *settings], False
         if eager:
             for x in tensors:

@@ -36,7 +36,8 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, kept: Tensor | None =
         cpu.bi_wkv_call(keys, values, y),
         wide_w.data_ptr(),
         wide_u.data_ptr(),
-        *_room(k, kept),
+        *((0, 0) if kept is None else (kept.data_ptr(), kept.numel())),
+        torch.get_num_threads(),
     )
     if status:
         raise cpu.failed("bi_wkv")
@@ -99,7 +100,8 @@ def backward(
         wide_u.data_ptr(),
         gw.data_ptr(),
         gu.data_ptr(),
-        *_room(k, kept),
+        *((0, 0) if kept is None else (kept.data_ptr(), kept.numel())),
+        torch.get_num_threads(),
     )
     if status == _GROWS:
         wide = scan.backward(w.double(), u.double(), k.double(), v.double(), y, gy.double())
@@ -108,13 +110,6 @@ def backward(
     if status:
         raise cpu.failed("bi_wkv")
     return gw.to(w.dtype), gu.to(u.dtype), gk.to(k.dtype), gv.to(v.dtype)
-
-
-def _room(k: Tensor, kept: Tensor | None) -> tuple[int, int, int, int]:
-    """Return where what is kept lies, its bytes, the number of threads, of parts of the tokens."""
-    threads = cpu.threads_for(k.numel())
-    parts = 1 if threads == 1 else cpu.library().vision_bi_wkv_parts(*k.shape, threads)
-    return *((0, 0) if kept is None else (kept.data_ptr(), kept.numel())), threads, parts
 
 
 def _widen(x: Tensor) -> Tensor:

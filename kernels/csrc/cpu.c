@@ -68,6 +68,12 @@ EXPORT int vision_cpu_use(const char *name) {
 /* Digest of the sources this was compiled from. */
 EXPORT const char *vision_cpu_source(void) { return VISION_SOURCE_DIGEST; }
 
+/* How many of at most `threads` are worth waking for so many elements. */
+static int worth_waking(int threads, int64_t elements) {
+    int64_t most = elements / (1 << 14);
+    return most < 1 ? 1 : most < threads ? (int)most : threads;
+}
+
 /* --- bi_wkv -------------------------------------------------------------------------------- */
 
 /* Keeps the sums inside a segment, which are not rescaled, far from the ends of a float. */
@@ -130,8 +136,17 @@ typedef struct {
     float *factors;
 } plan;
 
+/* Into how many parts the tokens are cut, where items and blocks are too few for the threads. */
+static int64_t parts_of(int64_t tasks, int64_t tokens, int threads) {
+    int64_t segments = (tokens + MOST_TOKENS - 1) / MOST_TOKENS;
+    if (tasks >= 2 * threads || threads == 1) return 1;
+    int64_t parts = (2 * threads + tasks - 1) / tasks;
+    return parts < segments ? parts : segments;
+}
+
 static int make_plan(plan *of, const bi_wkv_call *call, const float *w, const float *u,
-                     int threads, int64_t parts) {
+                     int threads) {
+    threads = worth_waking(threads, call->batch * call->tokens * call->channels);
     int64_t length = segment_length(w, u, call->channels, call->tokens);
     int64_t lanes = serving()->lanes;
     int64_t blocks = call->channels / TASK_CHANNELS ? call->channels / TASK_CHANNELS : 1;
@@ -144,7 +159,7 @@ static int make_plan(plan *of, const bi_wkv_call *call, const float *w, const fl
         .tasks = call->batch * blocks,
         .vectors = vectors,
         .most_vectors = vectors - (blocks - 1) * (TASK_CHANNELS / lanes),
-        .parts = parts,
+        .parts = parts_of(call->batch * blocks, call->tokens, threads),
         .threads = threads,
         .factors = malloc((size_t)(FACTORS * call->channels) * sizeof(float)),
     };
@@ -231,30 +246,21 @@ static char *states_in(void *kept, int64_t bytes, const plan *of) {
                                                                 : NULL;
 }
 
-/* Into how many parts the tokens are cut. */
-EXPORT int64_t vision_bi_wkv_parts(int64_t batch, int64_t tokens, int64_t channels, int threads) {
-    int64_t tasks = batch * (channels / TASK_CHANNELS ? channels / TASK_CHANNELS : 1);
-    int64_t segments = (tokens + MOST_TOKENS - 1) / MOST_TOKENS;
-    if (tasks >= 2 * threads || threads == 1) return 1;
-    int64_t parts = (2 * threads + tasks - 1) / tasks;
-    return parts < segments ? parts : segments;
-}
-
 /* y from k and v; w and u are (channels,), channels at least `lanes` of the widest set, 16.
 
    `kept`, of `bytes`, which may be null: aligned memory for what the backward pass would otherwise
    compute again, 64 bytes and 28 for each channel, up to a multiple of 16, of 64 tokens. */
 EXPORT int vision_bi_wkv(const bi_wkv_call *call, const float *w, const float *u, void *kept,
-                         int64_t bytes, int threads, int64_t parts) {
+                         int64_t bytes, int threads) {
     const kernels *with = serving();
     phase *phases[] = {with->bi_wkv_summaries, with->bi_wkv_carry, with->bi_wkv_outputs};
     plan of;
-    if (make_plan(&of, call, w, u, threads, parts)) return -1;
+    if (make_plan(&of, call, w, u, threads)) return -1;
     park_in(&of, call->y);
     char *states = states_in(kept, bytes, &of);
     if (kept) *(kept_head *)kept = (kept_head){.lanes = states ? with->lanes : 0, .length = of.length};
     room state = states ? (room){states, with->state_size, 1}
-                        : make_room(&of, with->state_size, parts > 1);
+                        : make_room(&of, with->state_size, of.parts > 1);
     if (state.data) run_phases(&of, &state, NULL, phases, 3);
     if (!states) free(state.data);
     free(of.factors);
@@ -276,21 +282,20 @@ static void sum_rows(float *total, const double *rows, int64_t count, int64_t ch
 /* gk, gv, gw and gu from k, v, gy and, in float32, y; `kept` is what `vision_bi_wkv` left, or null.
    Does nothing and returns 1 where the weights grow too much for float32. */
 EXPORT int vision_bi_wkv_grads(const bi_wkv_call *call, const float *w, const float *u,
-                               float *gw, float *gu, void *kept, int64_t bytes, int threads,
-                               int64_t parts) {
+                               float *gw, float *gu, void *kept, int64_t bytes, int threads) {
     for (int64_t c = 0; c < call->channels; c++)
         if (w[c] * (float)call->tokens < -most_growth) return 1;
     const kernels *with = serving();
     phase *states_again[] = {with->bi_wkv_summaries, with->bi_wkv_carry};
     phase *phases[] = {with->bi_wkv_grad_summaries, with->bi_wkv_grad_carry, with->bi_wkv_grads};
     plan of;
-    if (make_plan(&of, call, w, u, threads, parts)) return -1;
+    if (make_plan(&of, call, w, u, threads)) return -1;
     char *states = states_in(kept, bytes, &of);
     const kept_head *head = kept;
     if (states && (head->lanes != with->lanes || head->length != of.length)) states = NULL;
     room state = states ? (room){states, with->state_size, 1} : make_room(&of, with->state_size, 1);
-    room grads = make_room(&of, with->grads_size, parts > 1);
-    int64_t rows = parts * call->batch;
+    room grads = make_room(&of, with->grads_size, of.parts > 1);
+    int64_t rows = of.parts * call->batch;
     double *sums = malloc((size_t)(2 * rows * call->channels) * sizeof(double));
     int failed = state.data && grads.data && sums ? 0 : -1;
     if (!failed) {
@@ -323,9 +328,14 @@ EXPORT int64_t vision_shift_mix_parts(const shift_mix_call *call) {
     return call->batch * ((call->height + rows - 1) / rows);
 }
 
+static int threads_of(const shift_mix_call *call, int threads) {
+    return worth_waking(threads, call->batch * call->height * call->width * call->channels);
+}
+
 EXPORT int vision_shift_mix(const shift_mix_call *call, int threads) {
     const kernels *with = serving();
     int64_t rows = rows_at_a_time(call), chunks = (call->height + rows - 1) / rows;
+    threads = threads_of(call, threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < call->batch * chunks; i++) {
         int64_t first = i % chunks * rows, end = first + rows;
@@ -339,6 +349,7 @@ EXPORT int vision_shift_mix_grads(const shift_mix_call *call, double *gmu, int t
     const kernels *with = serving();
     int64_t rows = rows_at_a_time(call), chunks = (call->height + rows - 1) / rows;
     int64_t size = call->count * call->channels;
+    threads = threads_of(call, threads);
     float *row_gmu = malloc((size_t)(threads * size) * sizeof(float));
     if (!row_gmu) return -1;
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -356,6 +367,7 @@ EXPORT int vision_shift_mix_grads(const shift_mix_call *call, double *gmu, int t
 static int run_gate(const gate_call *call, int64_t count, int threads,
                     void (*range)(const gate_call *, int64_t, int64_t)) {
     const int64_t step = 1 << 14;
+    threads = worth_waking(threads, count);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t begin = 0; begin < count; begin += step)
         range(call, begin, begin + step < count ? begin + step : count);
@@ -378,6 +390,8 @@ EXPORT int vision_wkv6(const wkv6_call *call, int threads) {
     int64_t wide = 2 * with->lanes, blocks = (call->size + wide - 1) / wide;
     /* Too few heads for the threads are cut by their columns, at the cost of decays taken twice. */
     int64_t heads = call->batch * call->heads;
+    /* Every element meets a column of the state. */
+    threads = worth_waking(threads, heads * call->tokens * call->size * call->size);
     int64_t parts = threads > 1 ? (2 * threads + heads - 1) / heads : 1;
     int64_t columns = (blocks + parts - 1) / parts * wide;
     parts = (call->size + columns - 1) / columns;

@@ -14,7 +14,7 @@ def forward(r: Tensor, y: Tensor) -> Tensor:
     r, y = r.contiguous(), y.contiguous()
     out, size = torch.empty_like(y), y.numel()
     call = cpu.gate_call(r, y, out=out.data_ptr())
-    if cpu.library().vision_gate(call, size, cpu.threads_for(size)):
+    if cpu.library().vision_gate(call, size, torch.get_num_threads()):
         raise cpu.failed("gate")
     return out
 
@@ -25,6 +25,6 @@ def backward(r: Tensor, y: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     open_, value, grad = (x.to(dtype).contiguous() for x in (r, y, grad))
     gr, gy = torch.empty(r.shape, dtype=dtype), torch.empty(y.shape, dtype=dtype)
     call = cpu.gate_call(open_, value, grad=grad.data_ptr(), gr=gr.data_ptr(), gy=gy.data_ptr())
-    if cpu.library().vision_gate_grads(call, y.numel(), cpu.threads_for(y.numel())):
+    if cpu.library().vision_gate_grads(call, y.numel(), torch.get_num_threads()):
         raise cpu.failed("gate")
     return gr.to(r.dtype), gy.to(y.dtype)

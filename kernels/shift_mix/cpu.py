@@ -15,7 +15,7 @@ def forward(
     (tokens,), (proportions,) = cpu.side_by_side(x.dtype, x), cpu.wide(mu)
     mixed = [torch.empty(x.shape, dtype=x.dtype) for _ in range(mu.shape[0])]
     call = cpu.shift_mix_call(tokens, proportions, (h, w, pixels, edges), mixed)
-    if cpu.library().vision_shift_mix(call, cpu.threads_for(x.numel())):
+    if cpu.library().vision_shift_mix(call, torch.get_num_threads()):
         raise cpu.failed("shift_mix")
     return mixed
 
@@ -35,6 +35,6 @@ def backward(
     call = cpu.shift_mix_call(tokens, proportions, (h, w, pixels, edges), grads, gx)
     library = cpu.library()
     gmu = torch.zeros(library.vision_shift_mix_parts(call), *mu.shape, dtype=torch.float64)
-    if library.vision_shift_mix_grads(call, gmu.data_ptr(), cpu.threads_for(x.numel())):
+    if library.vision_shift_mix_grads(call, gmu.data_ptr(), torch.get_num_threads()):
         raise cpu.failed("shift_mix")
     return gx, cpu.sum_of_parts(gmu, mu)

@@ -21,7 +21,6 @@ def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     """
     bonus, *tensors = *cpu.wide(u), *cpu.side_by_side(torch.float32, r, k, v, w)
     y = torch.empty(v.shape, dtype=torch.float32)
-    threads = cpu.threads_for(k.numel() * u.shape[1])  # every element meets N of the state
-    if cpu.library().vision_wkv6(cpu.wkv6_call(bonus, *tensors, y), threads):
+    if cpu.library().vision_wkv6(cpu.wkv6_call(bonus, *tensors, y), torch.get_num_threads()):
         raise cpu.failed("wkv6_bi")
     return y.to(v.dtype)

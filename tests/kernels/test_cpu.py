@@ -180,7 +180,6 @@ def test_threads_do_not_matter(threads: None, shape: tuple[int, int, int]) -> No
     results = []
     for count in (1, 3, 7):
         torch.set_num_threads(count)
-        assert shape == (2, 1, 17) or cpu.threads_for(inputs["k"].numel()) > 1 or count == 1
         results.append(value_and_grads(scan, inputs, grad))
     for other in results[1:]:
         for name in ("y", "gk", "gv"):
