@@ -17,6 +17,7 @@ from vision.layers import Attention, BiWKVMixer, Block, ChannelMix, GeGLU, MBCon
 from vision.models.checkpoint import CheckpointError, write_weights
 from vision.models.complexity import count_complexity
 from vision.models.rwkv_sam import ATTN_TYPES, RwkvSamEncoder, checkpoint_filter_fn
+from vision.sam import create_sam
 
 TINY = {"embed_dims": (8, 16, 32), "conv_depths": (1, 2), "num_heads": 4, "img_size": 64}
 UPSTREAM_NAME = {"rwkv_transformer": "rwkv_trans"}  # the other kinds are called as upstream does
@@ -561,6 +562,15 @@ def test_layouts_of_checkpoints() -> None:
         assert set(model.state_dict()) - set(mapped) == {"head.weight", "head.bias"}
     whole = checkpoint_filter_fn({"state_dict": {**body, **head(7, 32)}}, model)
     model.load_state_dict(whole)
+
+
+@pytest.mark.parametrize("prefix", ["", "sam.", "module.sam."])  # plain, of tools/train.py, of DDP
+def test_encoder_of_a_promptable_model(prefix: str) -> None:
+    sam = create_sam("rwkv_sam_nano")
+    mapped = checkpoint_filter_fn(
+        {"state_dict": under(prefix, sam.state_dict())}, sam.encoder.model
+    )
+    sam.encoder.model.load_state_dict(mapped)
 
 
 def test_positions_are_resampled() -> None:

@@ -39,7 +39,8 @@ _KEY_MAP = [
 _HEAD_MAP = [(r"^head\.fc\.", "head.")]
 # Parts of checkpoints that are no part of the encoder.
 _NOT_ENCODER = re.compile(
-    r"^(neck|pe|prompt_encoder|mask_decoder|decode_head|auxiliary_head|data_preprocessor)\."
+    r"^(sam\.)?(neck|pe|prompt_encoder|mask_decoder)\."
+    r"|^(decode_head|auxiliary_head|data_preprocessor)\."
 )
 
 
