@@ -160,7 +160,7 @@ def test_joint_config_is_the_published_one(repo_root: Path, size: str) -> None:
 
 
 def test_mini_sets(repo_root: Path, shared: Path) -> None:
-    cfg = config(repo_root, "rwkv-sam-nano_1xb4-24e_mini-prompts-256.py")
+    cfg = config(repo_root, "rwkv-sam-nano_1xb4-36e_mini-prompts-256.py")
     merge_options(cfg, {"data_root": str(shared / "data")})
     train, val = (DATASETS.build(cfg[f"{phase}_dataloader"].dataset) for phase in ("train", "val"))
     assert train.transformed.joined.lengths == [120, 2 * 30, 3 * 69]  # one image has crowds alone

@@ -1,6 +1,6 @@
 """RWKV-SAM-nano learns real objects from boxes and clicks, at 256 px, on a CPU.
 
-    python tools/train.py configs/rwkv_sam/rwkv-sam-nano_1xb4-24e_mini-prompts-256.py \
+    python tools/train.py configs/rwkv_sam/rwkv-sam-nano_1xb4-36e_mini-prompts-256.py \
         --cfg-options data_root=/path/to/data model.checkpoint=/path/to/digits.pth
 
 `digits.pth` is what rwkv-sam-nano_1xb8-9e_digit-prompts-128.py gave; from random weights, 220
@@ -24,8 +24,8 @@ model = dict(
 optim_wrapper = dict(optimizer=dict(lr=1.5e-3))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, begin=0, end=1, convert_to_iter_based=True),
-    dict(type="CosineAnnealingLR", eta_min=1e-6, begin=1, end=24, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", eta_min=1e-6, begin=1, end=36, convert_to_iter_based=True),
 ]
-train_cfg = dict(max_epochs=24, val_interval=12)
+train_cfg = dict(max_epochs=36, val_interval=12)
 default_hooks = dict(checkpoint=dict(save_best="sam/box_mIoU"))
 custom_hooks = [*_base_.custom_hooks, dict(type="WorstPromptsHook")]
