@@ -33,7 +33,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a bare checkout
 
-import timm
 import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -59,6 +58,7 @@ from benchmarks.measure import (
 from benchmarks.models import PRODUCTS
 from vision.kernels.dispatch import operators
 from vision.models.complexity import count_complexity
+from vision.models.factory import check_model_name
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -306,15 +306,6 @@ def size(text: str) -> tuple[int, int]:
     return found
 
 
-def check_models(names: list[str]) -> None:
-    """Raise ValueError with close names if timm knows no such model."""
-    for name in names:
-        if not timm.is_model(name):
-            from vision.mm.backbone import check_model_name
-
-            check_model_name(name)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line; a caller's mistake ends the program with words."""
     parser = argparse.ArgumentParser(
@@ -349,7 +340,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if kind == "cuda" and args.read is None and not torch.cuda.is_available():
             raise ValueError("torch finds no GPU; measure with --device cpu")
         if args.read is None:
-            check_models(args.models)
+            for name in args.models:
+                check_model_name(name)
         elif not args.read.exists():
             raise ValueError(f"there is no {args.read} to read")
         args.rows = load(args.out) if args.out.exists() else []

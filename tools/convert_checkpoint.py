@@ -15,8 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a bare checkout
 
-import timm
-
 import vision  # noqa: F401 -- registers the models
 from vision.arguments import key_value
 from vision.models.checkpoint import (
@@ -25,6 +23,7 @@ from vision.models.checkpoint import (
     read_checkpoint,
     write_weights,
 )
+from vision.models.factory import make_model
 
 
 def main() -> None:
@@ -41,12 +40,12 @@ def main() -> None:
     if args.output.exists() and not args.force:
         parser.error(f"{args.output} exists; name another file or pass --force")
     try:
-        model = timm.create_model(args.model, **dict(args.model_args))
+        model = make_model(args.model, **dict(args.model_args))
         family = sys.modules[type(model).__module__]
         checkpoint = getattr(family, "read_weights", read_checkpoint)(args.checkpoint)
         weights = family.checkpoint_filter_fn(checkpoint, model)
         check_fit(weights, model.state_dict(), str(args.checkpoint))
-    except (CheckpointError, FileNotFoundError) as error:
+    except (CheckpointError, FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     write_weights(weights, args.output)
     print(f"wrote {len(weights)} tensors to {args.output}")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a bare checkout
 
-import timm
 from torch import nn
 
 from vision.models.complexity import count_complexity
+from vision.models.factory import make_model
 
 
 def build(name: str, shape: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -31,7 +31,7 @@ def build(name: str, shape: tuple[int, int] | None) -> tuple[nn.Module, tuple[in
         cpu_safe_config(cfg)
         init_default_scope(cfg.get("default_scope", "mmengine"))
         return MODELS.build(cfg.model), (3, *(shape or (224, 224)))
-    model = timm.create_model(name)
+    model = make_model(name)
     default = model.pretrained_cfg["input_size"]
     if shape and hasattr(model, "set_input_size") and shape != default[1:]:
         model.set_input_size(img_size=shape)
@@ -51,7 +51,10 @@ def main() -> None:
     shape = (args.shape[0], args.shape[-1]) if args.shape else None
     print(f"{'model':44} {'input':>14} {'params':>13} {'GMACs':>9} {'matmul':>9} {'wkv':>7} norm")
     for name in args.models:
-        model, size = build(name, shape)
+        try:
+            model, size = build(name, shape)
+        except (FileNotFoundError, ValueError) as error:
+            sys.exit(f"error: {error}")
         found = count_complexity(model, size)
         print(
             f"{Path(name).stem:44} {'x'.join(map(str, size)):>14} {found.params:13,}"

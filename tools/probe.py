@@ -18,7 +18,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a bare checkout
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -34,6 +33,7 @@ from vision.data import (
 from vision.files import write_whole
 from vision.metrics.probe import LinearProbe, accuracy, check_features, choose_penalty, knn_scores
 from vision.models.checkpoint import CheckpointError
+from vision.models.factory import make_model
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 
@@ -70,19 +70,12 @@ def build(args: argparse.Namespace) -> nn.Module:
         CheckpointError: weights of the zoo's that do not fit it.
         FileNotFoundError: no such file.
     """
-    if not timm.is_model(args.model.split(".")[0]):
-        raise ValueError(f"timm has no model {args.model!r}; timm.list_models() lists them")
     weights: dict[str, Any] = {"pretrained": args.checkpoint is not None}
     if args.checkpoint not in (None, "published"):
         weights["pretrained_cfg_overlay"] = {"file": args.checkpoint}
     torch.manual_seed(args.seed)
     options = {**weights, **dict(args.model_args), "num_classes": 0}
-    try:
-        return timm.create_model(args.model, **options).to(args.device).eval()
-    except CheckpointError:
-        raise
-    except (RuntimeError, TypeError) as error:  # shapes of weights; an argument it does not have
-        raise ValueError(f"could not make {args.model} with {options}: {error}") from error
+    return make_model(args.model, **options).to(args.device).eval()
 
 
 def open_split(args: argparse.Namespace, split: str, cfg: dict[str, Any]) -> ClassificationDataset:

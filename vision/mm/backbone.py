@@ -11,6 +11,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor
 
 import vision  # noqa: F401 -- registers the models
+from vision.models.factory import check_model_name
 from vision.models.feature_maps import feature_maps
 
 
@@ -93,23 +94,6 @@ class ZooBackbone(BaseModule):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the model asks not to decay."""
         return names_without_decay(self, self._model)
-
-
-def check_model_name(model_name: str) -> None:
-    """Raise if timm knows no such model.
-
-    Raises:
-        ValueError: with the closest names.
-    """
-    if timm.is_model(model_name.split(".")[0]):
-        return
-    import difflib
-
-    near = difflib.get_close_matches(model_name, timm.list_models(), n=5, cutoff=0.4)
-    raise ValueError(
-        f"timm has no model {model_name!r}; close names: {', '.join(near) or 'none'} "
-        "(timm.list_models('vrwkv*') lists the zoo's)"
-    )
 
 
 def _prefix(outer: torch.nn.Module, inner: torch.nn.Module) -> str:

@@ -12,7 +12,9 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from .backbone import check_model_name, names_without_decay, parameter_depths, timm_weights
+from vision.models.factory import check_model_name
+
+from .backbone import names_without_decay, parameter_depths, timm_weights
 
 
 @MODELS.register_module()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vision.data import list_images, read_image
+from vision.models.factory import check_model_name
 from vision.models.feature_maps import feature_maps
 from vision.sam import create_sam
 from vision.sam.embedding_cache import CacheError, EmbeddingCache
@@ -25,8 +26,6 @@ from vision.sam.teachers import (
     pad_to_square,
     unpadded_cells,
 )
-
-from .backbone import check_model_name
 
 
 class _Projection(nn.Module):

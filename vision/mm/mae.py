@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vision.data import list_images, read_image
+from vision.models.factory import check_model_name
 from vision.models.mae import MaskedAutoencoder, masked_mse, mean_of_visible
 
-from .backbone import check_model_name, names_without_decay, parameter_depths, timm_weights
+from .backbone import names_without_decay, parameter_depths, timm_weights
 from .classifier import ClassificationPreprocessor
 from .datasets import ClassifierInputs
 

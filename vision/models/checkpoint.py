@@ -100,7 +100,7 @@ def read_checkpoint(
             ) from error
         raise CheckpointError(
             f"{about} is not a checkpoint: it begins with {head!r}. A file of this kind is often "
-            f"an error page or a pointer that a download left; {_NEXT} ({error})"
+            f"an error page or a pointer that a download left; {_NEXT} ({_refused(error)})"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -118,10 +118,10 @@ def _refused(error: Exception) -> str:
 
 def _nearby(path: Path) -> str:
     """What is to be found near a path that is missing."""
-    folder = next((p for p in path.parents if p.is_dir()), None)
+    folder = next((p for p in (path, *path.parents) if p.is_dir()), None)
     if folder is None:
         return "no folder of this path exists"
-    if folder != path.parent:
+    if folder not in (path, path.parent):
         names = sorted(p.name + "/" for p in folder.iterdir() if p.is_dir())
     else:
         names = sorted(p.name for p in folder.iterdir() if p.suffix in _SUFFIXES)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import vision.models  # noqa: F401 -- its models can teach, too
 from vision.models.checkpoint import check_fit, listing, read_checkpoint, unwrap_state_dict
+from vision.models.factory import check_model_name
 from vision.models.feature_maps import feature_maps
 
 from .model import STRIDE
@@ -222,8 +223,7 @@ def create_teacher(
         FileNotFoundError: no such weights file.
         CheckpointError: a file that cannot be read, or weights that do not fit.
     """
-    if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}; see timm.list_models()")
+    check_model_name(name)
     stats = timm.get_pretrained_cfg(name)
     options = {"img_size": image_size, **model_args} if stats.fixed_input_size else model_args
     with torch.random.fork_rng(devices=[]):
