@@ -21,12 +21,14 @@ def test_makes_what_timm_makes() -> None:
 
 def test_a_wrong_name_brings_close_ones() -> None:
     check_model_name("vit_tiny_patch16_224.augreg_in21k")  # a tag of weights is no part of it
-    with pytest.raises(ValueError, match="no model 'vrwkv_tny'; close names: .*vrwkv_tiny_patch16"):
+    with pytest.raises(
+        ValueError, match=r"no model 'vrwkv_tny'; close names: .*vrwkv_tiny_patch16"
+    ):
         make_model("vrwkv_tny")
 
 
 def test_a_wrong_option_names_itself(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="could not make vrwkv_nano_patch8_224 .*'patch'"):
+    with pytest.raises(ValueError, match=r"could not make vrwkv_nano_patch8_224 .*'patch'"):
         make_model("vrwkv_nano_patch8_224", patch=8)
     path = tmp_path / "w.safetensors"
     write_weights({"head.weight": torch.zeros(2)}, path)
