@@ -36,7 +36,7 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, kept: Tensor | None =
         cpu.bi_wkv_call(keys, values, y),
         wide_w.data_ptr(),
         wide_u.data_ptr(),
-        *((0, 0) if kept is None else (kept.data_ptr(), kept.numel())),
+        *_memory(kept),
         torch.get_num_threads(),
     )
     if status:
@@ -100,7 +100,7 @@ def backward(
         wide_u.data_ptr(),
         gw.data_ptr(),
         gu.data_ptr(),
-        *((0, 0) if kept is None else (kept.data_ptr(), kept.numel())),
+        *_memory(kept),
         torch.get_num_threads(),
     )
     if status == _GROWS:
@@ -110,6 +110,11 @@ def backward(
     if status:
         raise cpu.failed("bi_wkv")
     return gw.to(w.dtype), gu.to(u.dtype), gk.to(k.dtype), gv.to(v.dtype)
+
+
+def _memory(kept: Tensor | None) -> tuple[int, int]:
+    """Return where what is kept lies, and its bytes."""
+    return (0, 0) if kept is None else (kept.data_ptr(), kept.numel())
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -278,3 +278,10 @@ def test_convert_writes_weights_that_timm_loads(trained: Path, tmp_path: Path) -
     assert wrong.returncode != 0
     assert "does not fit" in wrong.stderr
     assert not (tmp_path / "w2.pth").exists()
+    for unknown in (
+        tool(*arguments[:2], "vrwkv_nany", tmp_path / "w3.pth"),
+        tool("get_flops", "vrwkv_nany"),
+    ):
+        assert unknown.returncode != 0
+        assert "error: timm has no model 'vrwkv_nany'; close names: " in unknown.stderr
+        assert "Traceback" not in unknown.stderr
